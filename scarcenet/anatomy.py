@@ -222,7 +222,7 @@ def head(a: Species, p: Posture):
     if a.mane > .02:
         ridge = neck + (.85 * thick[:, 1:] + .3 * a.mane) * crest + np.outer([-.02, 0, .04], along)
         tubes.append(Tube(ridge, np.array([[.025, a.mane]] * 3), aside, 14, MANE))
-    return tubes, [*eyes, nose, .55 * start + .45 * poll]
+    return tubes, [*eyes, nose - .4 * m * ahead, .55 * start + .45 * poll]
 
 # %% ../nbs/03_anatomy.ipynb #body
 class Body(NamedTuple):
@@ -246,5 +246,5 @@ def body(a: Species, p: Posture) -> Body:
     m = len(square.along); extra = np.zeros((m, 2, 3))
     extra[:, 0, 0], extra[:, 1, 2] = np.sqrt((square.shape[:, :, 0] ** 2).sum(1)), 1
     home = np.column_stack([square.centre, square.along, np.zeros(m)])
-    depth = np.array([.03, .03, .8 * a.muzzle, 1.1 * a.neck_r, .1] + 2 * [.1, .065, .075] + 2 * [.13, .065, .075])
+    depth = np.array([.03, .03, 1.15 * a.muzzle, 1.1 * a.neck_r, .1] + 2 * [.1, .065, .075] + 2 * [.13, .065, .075])
     return Body(balls, home, np.concatenate([square.shape, extra], 1), keypoints, depth)

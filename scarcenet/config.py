@@ -112,8 +112,8 @@ class Config:
         counts = dict(split=1, seed=0, size=32, stride=1, supervised_epochs=0, supervised_repeat=1, supervised_batch=1, views=1,
                       epochs=0, batch=1, keep_epochs=1, ramp_epochs=1, refresh=0, evaluate_every=1)
         shares = ("half_body", "centre_jitter", "drop", "keep_floor", "ema")
-        widths = ("sigma", "supervised_lr", "lr", "truth_weight", "agree_px", "consistency")
-        limits = {n: (low, float("inf")) for n, low in counts.items()} | dict.fromkeys(shares, (0, 1)) | dict.fromkeys(widths, (0, 1e6))
+        widths = ("supervised_lr", "lr", "truth_weight", "agree_px", "consistency")
+        limits = {n: (low, float("inf")) for n, low in counts.items()} | dict.fromkeys(shares, (0, 1)) | dict.fromkeys(widths, (0, 1e6)) | {"sigma": (0.1, 1e6)}
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:          # nan fails, too
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {low}" + (f" and at most {high}" if high < 1e9 else ""))

@@ -60,8 +60,9 @@ def read_picture(file: Path) -> np.ndarray:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:    # what Pillow's decoders raise
         raise ValueError(f"{file}: not a picture that can be decoded ({' '.join(str(error).replace(str(file), 'it').split())})") from None
 
-def broken_pictures(instances: Sequence[Instance], progress: bool = False) -> list[str]:
-    """One line for each picture file that is missing, cannot be decoded, or is not as large as its set says."""
+# %% ../nbs/05_data.ipynb #broken
+def broken_pictures(instances: Sequence[Instance], progress: bool = False) -> dict[Path, str]:
+    """What is wrong with each picture file that is missing, cannot be decoded, or is not as large as its set says: one line."""
     stated = {i.file: (i.height, i.width) for i in instances}
 
     def look(file: Path) -> str:
@@ -73,8 +74,10 @@ def broken_pictures(instances: Sequence[Instance], progress: bool = False) -> li
         return "" if size == (h, w) else f"{file}: {size[1]} x {size[0]} px, but the set says {w} x {h}"
 
     with ThreadPoolExecutor() as pool:
-        return [line for line in tqdm(pool.map(look, stated), "pictures", len(stated), disable=not progress, leave=False) if line]
+        lines = tqdm(pool.map(look, stated), "pictures", len(stated), disable=not progress, leave=False)
+        return {file: line for file, line in zip(stated, lines) if line}
 
+# %% ../nbs/05_data.ipynb #cut
 def _cut(picture: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray:
     """cv2.warpAffine, after shrinking by area where the canvas is coarser than the picture, so that nothing flickers."""
     scale = float(np.sqrt(abs(np.linalg.det(affine[:2, :2]))))
@@ -87,6 +90,7 @@ def _cut(picture: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray:
         picture = small
     return cv2.warpAffine(picture, affine[:2], (size, size), flags=cv2.INTER_LINEAR)
 
+# %% ../nbs/05_data.ipynb #load
 def load_canvases(instances: Sequence[Instance], size: int, jitter: Tensor | None = None, progress: bool = False) -> Canvases:
     """Decode every picture once and keep 2 x `size` px of it around each of its animals.
 
@@ -159,6 +163,7 @@ class TrainingSet:
     canvases: Canvases
     labels: Labels        # tensors: xy (N, K, 2) image px, weight (N, K), labelled (N,) bool
 
+# %% ../nbs/05_data.ipynb #order
 def seeded(*numbers: int) -> Generator:
     """A generator on the CPU for the stream that these numbers name: a run's seed, a stage, an epoch."""
     return Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/07_heatmap.ipynb #encode
+def _hill(x: Tensor, top: Tensor, middle: Tensor, sigma: float, reach: int) -> Tensor:
+    """One row of the map: a Gaussian around `top` at the pixels `x`, cut off `reach` pixels from `middle`."""
+    return torch.exp(-((x - top) ** 2) / (2 * sigma ** 2)) * ((x - middle).abs() <= reach)
+
 def encode(xy: Tensor, weight: Tensor, size: tuple[int, int], stride: float = 4, sigma: float = 2,
            rounded: bool = False) -> tuple[Tensor, Tensor]:
     """Keypoints (B, K, 2) in view px -> heatmaps (B, K, *size) with a Gaussian of peak 1 each, and their weights (B, K).
@@ -32,9 +36,6 @@ def encode(xy: Tensor, weight: Tensor, size: tuple[int, int], stride: float = 4,
     maps = axis[1][..., :, None] * axis[0][..., None, :]              # separable: (B, K, h, 1) x (B, K, 1, w)
     return maps * seen[..., None, None], weight * inside
 
-def _hill(x: Tensor, top: Tensor, middle: Tensor, sigma: float, reach: int) -> Tensor:
-    return torch.exp(-((x - top) ** 2) / (2 * sigma ** 2)) * ((x - middle).abs() <= reach)
-
 # %% ../nbs/07_heatmap.ipynb #decode
 class Keypoints(NamedTuple):
     """Positions (B, K, 2), in the px of whichever frame the maker names, and scores (B, K), the height of the peak."""
@@ -54,7 +55,7 @@ def decode(heatmaps: Tensor, stride: float = 4, refine: Callable[[Tensor, Tensor
         at = at + refine(heatmaps, pixel)
     return Keypoints(at * (score > 0)[..., None] * stride, score)
 
-# %% ../nbs/07_heatmap.ipynb #refine
+# %% ../nbs/07_heatmap.ipynb #cross
 def _cross(heatmaps: Tensor, pixel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Values before, at and after `pixel` along x and y, each (B, K, 2); pixels beyond the edge repeat it."""
     h, w = heatmaps.shape[-2:]
@@ -66,6 +67,7 @@ def _cross(heatmaps: Tensor, pixel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     after = torch.cat((value(x + 1, y), value(x, y + 1)), -1)
     return before, value(x, y), after
 
+# %% ../nbs/07_heatmap.ipynb #quarter
 def quarter_step(heatmaps: Tensor, pixel: Tensor) -> Tensor:
     """A quarter of a heatmap px towards the higher neighbour, for pixels with 1 < x < w - 1 and 1 < y < h - 1 (the method's)."""
     h, w = heatmaps.shape[-2:]
@@ -74,6 +76,7 @@ def quarter_step(heatmaps: Tensor, pixel: Tensor) -> Tensor:
     inner = ((pixel > 1) & (pixel < edge)).all(-1, keepdim=True)
     return 0.25 * torch.sign(after - before) * inner
 
+# %% ../nbs/07_heatmap.ipynb #parabola
 def parabola_step(heatmaps: Tensor, pixel: Tensor) -> Tensor:
     """The top of the parabola through the logarithm of three neighbours, exact for a Gaussian; at most half a heatmap px."""
     h, w = heatmaps.shape[-2:]

@@ -49,6 +49,7 @@ def build_network(config: Config, keypoints: int) -> nn.Module:
         load_weights(model, config.weights)
     return model
 
+# %% ../nbs/13_run.ipynb #device
 def pick_device(name: str) -> torch.device:
     """The device that `config.device` names; ValueError if this machine does not have it."""
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -84,6 +85,7 @@ def start(config: Config, data: TrainingSet) -> State:
     student = build_network(config, len(data.schema)).to(data.canvases.pixels.device)
     return State(student, deepcopy(student), torch.optim.Adam(student.parameters(), lr=config.supervised_lr))
 
+# %% ../nbs/13_run.ipynb #save
 def save_checkpoint(file: Path, state: State) -> None:
     """The whole state in one safetensors file, so that no two parts of it can be of different epochs."""
     tensors = {f"student.{k}": v for k, v in state.student.state_dict().items()}
@@ -95,6 +97,7 @@ def save_checkpoint(file: Path, state: State) -> None:
     with atomic(file) as part:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=where)
 
+# %% ../nbs/13_run.ipynb #load
 def load_checkpoint(file: Path, config: Config, data: TrainingSet) -> State:
     """The state that `save_checkpoint` wrote; ValueError if the file is damaged or belongs to another network or data set."""
     device, state = data.canvases.pixels.device, start(config, data)
@@ -155,6 +158,7 @@ def read_config(folder: Path) -> Config:
     except (TypeError, AttributeError) as e:
         raise ValueError(f"{Path(folder) / 'config.json'}: not the configuration of a run ({e})") from None
 
+# %% ../nbs/13_run.ipynb #rows
 def write_rows(file: Path, rows: list[dict]) -> None:
     """A csv table with the keys of the first row as its columns."""
     with atomic(file) as part, open(part, "w", newline="", encoding="utf-8") as f:
@@ -173,6 +177,7 @@ def read_rows(file: Path) -> list[dict]:
     with open(file, newline="", encoding="utf-8") as f:
         return list(csv.DictReader(f))
 
+# %% ../nbs/13_run.ipynb #pseudo-file
 def write_pseudo(file: Path, poses: PoseSet, pseudo: Keypoints, drop: float) -> None:
     """Pseudo-labels as a COCO keypoint file that any tool reads: flag 2 above the confidence cut, 1 below; scores beside them.
 
@@ -182,6 +187,7 @@ def write_pseudo(file: Path, poses: PoseSet, pseudo: Keypoints, drop: float) -> 
     guess = Truth(pseudo.xy.cpu().numpy(), flags, poses.column("box")[:, 2:].prod(1))
     write_json(file, coco_json(replace(poses, truth=guess), keypoint_scores=pseudo.score.cpu().numpy().round(4)))
 
+# %% ../nbs/13_run.ipynb #memory
 def peak_rss_mb() -> float:
     """The most memory that this process or one of its children ever held, MiB."""
     unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10        # getrusage counts bytes on macOS, KiB elsewhere

@@ -45,6 +45,7 @@ class Step(NamedTuple):
     teacher_target: Tensor     # maps of the teacher's answer
     teacher_weight: Tensor     # (B, K), order of sides of the strong view
 
+# %% ../nbs/13_steps.ipynb #draw
 def supervised_step(student: nn.Module, batch: Batch, rules: Config, schema: KeypointSchema) -> Tensor:
     """The loss of the student on the strong view against the labels (stage 1)."""
     prediction = student(batch.strong.pictures)
@@ -56,6 +57,7 @@ def _draw(xy: Tensor, weight: Tensor, view: Tensor, like: Tensor, rules: Config,
     weight = swap_sides(weight, mirrored(view), schema.swap)
     return encode(to_view(xy, view, schema.swap), weight, like.shape[-2:], rules.stride, rules.sigma, rules.rounded)
 
+# %% ../nbs/13_steps.ipynb #look
 @torch.no_grad()
 def _look(model: nn.Module, views: list[Tensor], live: bool) -> list[Tensor]:
     """The model's maps of several views. `live`: one by one with BN in train mode (the original); else at once, BN fixed."""

@@ -47,6 +47,7 @@ class Epoch(NamedTuple):
     seconds: float
     record: Record | None
 
+# %% ../nbs/13_train.ipynb #rate
 def learning_rate(peak: float, milestones: tuple[int, ...], epoch: int, progress: float) -> float:
     """The rate at `epoch` (from 0): a tenth less after each milestone; without any, one cycle over `progress` 0 ... 1."""
     if milestones:
@@ -98,6 +99,7 @@ class Plan(NamedTuple):
     lr: float
     milestones: tuple[int, ...]
 
+# %% ../nbs/13_train.ipynb #loop
 def _epochs(config: Config, data: TrainingSet, labels: Callable[[], Labels], state: State, plan: Plan, learn: Callable, progress: bool) -> Iterator[Epoch]:
     device, stage = data.canvases.pixels.device, state.stage
     steps = -(-len(plan.index) * plan.repeat // plan.batch)

@@ -8,6 +8,7 @@ __all__ = ['COLUMNS', 'METHODS', 'Material', 'who_is_labelled', 'gather', 'predi
 
 # %% ../nbs/13_trials.ipynb #imports
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,14 +43,19 @@ class Material:
     data: TrainingSet
     canvases: dict[str, Canvases]        # of "val" and "test"
 
+# %% ../nbs/13_trials.ipynb #who
 def who_is_labelled(config: Config, poses: PoseSet) -> np.ndarray:
     """(N,) bool: the labelled instances that `config.families` or `config.labels` name."""
     if config.families:
         return labelled_families(poses, config.families)
     if config.labels.isdecimal():
         return draw_labelled(poses, int(config.labels), config.seed)
-    return read_id_list(config.labels, poses).labelled
+    ids = read_id_list(config.labels, poses)
+    if odd := ids.repeated + ids.unknown:
+        warnings.warn(f"{config.labels}: {len(ids.repeated)} ids stand there twice and {len(ids.unknown)} are of no picture of {poses.file}, the first is {odd[0]}")
+    return ids.labelled
 
+# %% ../nbs/13_trials.ipynb #gather
 def gather(config: Config, zoo: Path, progress: bool = False) -> Material:
     """Read a set's splits, draw the labelled instances and decode all pictures. `zoo`: where the embedded set is written."""
     device = pick_device(config.device)
@@ -57,6 +63,8 @@ def gather(config: Config, zoo: Path, progress: bool = False) -> Material:
     train, val, test = (read_coco(*find_split(root, name, config.split)) for name in ("train", "val", "test"))
     train = with_bare(train)                    # a box without keypoints is one more unlabelled animal
     for other in (val, test):
+        if not len(other):
+            raise ValueError(f"{other.file}: no instance with keypoints to evaluate on")
         if other.schema != train.schema:
             raise ValueError(f"{other.file}: its keypoints are not those of {train.file}")
     labels = reveal(train, who_is_labelled(config, train))
@@ -70,6 +78,7 @@ def gather(config: Config, zoo: Path, progress: bool = False) -> Material:
     others = {n: load_canvases(p.instances, config.size, progress=progress).to(device) for n, p in (("val", val), ("test", test))}
     return Material(train, val, test, data, others)
 
+# %% ../nbs/13_trials.ipynb #predict
 def predict(model: nn.Module, canvases: Canvases, config: Config, swap: list[int], progress: str = "") -> Keypoints:
     """The model's poses, as they are evaluated: (N, K, 2) image px and scores, flip test, sub-pixel decoding."""
     refine = quarter_step if config.rounded else parabola_step        # what fits the way in which the targets were drawn
@@ -88,7 +97,7 @@ def audit(poses: PoseSet, record: Record | None) -> dict[str, float | int | str]
     for d in Decision:
         name, chosen = d.name.lower(), record.decision.cpu().numpy() == d if record else None
         quality = label_quality(poses, record.target_xy.cpu().numpy(), chosen) if record else None
-        row |= {name: int(chosen.sum()) if record else "", f"{name}_coverage": quality.coverage if record else "", f"{name}_precision": quality.precision if record else ""}
+        row |= {f"{name}_count": int(chosen.sum()) if record else "", f"{name}_coverage": quality.coverage if record else "", f"{name}_precision": quality.precision if record else ""}
     return row
 
 # %% ../nbs/13_trials.ipynb #run
@@ -138,6 +147,7 @@ def finish_run(config: Config, folder: Path, material: Material, state: State, s
                    labelled=int(material.data.labels.labelled.sum()), instances=len(material.train), **scores)
     return write_summary(folder, summary)
 
+# %% ../nbs/13_trials.ipynb #summary
 COLUMNS = ("AP", "AP50", "AP75", "PCK")
 
 def write_summary(folder: Path, summary: dict) -> dict:
@@ -159,6 +169,7 @@ def as_long(config: Config, labelled: int, instances: int) -> Config:
     more = config.epochs * -(-instances // config.batch)
     return replace(config, supervised_epochs=config.supervised_epochs + -(-more // steps), epochs=0)
 
+# %% ../nbs/13_trials.ipynb #run-demo
 def demo(config: Config, folder: Path, resume: bool = False, progress: bool = False) -> dict:
     """ScarceNet and the equally long supervised baseline from the same labelled pictures: one folder, one table."""
     began = time.perf_counter()
@@ -180,6 +191,7 @@ METHODS: dict[str, dict] = {
     "+ consistency": {},
 }
 
+# %% ../nbs/13_trials.ipynb #run-ablate
 def ablate(config: Config, folder: Path, seeds: Sequence[int] = (0, 1, 2), progress: bool = False) -> Iterator[dict]:
     """Train every method for every seed from the same stage 1; yields the rows of ablation.csv, those that stand there already included."""
     file = folder / "ablation.csv"

@@ -29,6 +29,7 @@ class Geometry:
 STRONG = Geometry(scale=0.5, rotation=40)    # stage 1, and the student's view in stage 3
 WEAK = Geometry(scale=0.1, rotation=20)      # the view that the agreement check compares with
 
+# %% ../nbs/04_views.ipynb #sample
 def jitter(crop: Tensor, scale: Tensor, degrees: Tensor, flip: Tensor, size: int) -> Tensor:
     """Views (B, 3, 3) that show `scale` (B,) times the side of `crop` (B, 3, 3), turned by `degrees` (B,), mirrored where `flip`."""
     middle = crop.new_full((len(crop), 2), size / 2)
@@ -56,18 +57,23 @@ def half_body(crop: Tensor, xy: Tensor, weight: Tensor, schema: KeypointSchema, 
     chosen, front = torch.rand(n, generator=rng) < p, torch.rand(n, generator=rng) < 0.69
     if not schema.upper:
         return crop
-    has = weight > 0
-    upper = torch.zeros(k, dtype=torch.bool, device=has.device).index_fill_(0, torch.tensor(schema.upper, device=has.device), True)
-    front = front.to(has.device) & ((has & upper).sum(1) > 2)
+    has, front = weight > 0, front.to(weight.device)
+    upper = torch.tensor([i in schema.upper for i in range(k)], device=has.device)
+    front = front & ((has & upper).sum(1) > 2)
     half = has & torch.where(front[:, None], upper, ~upper)                        # (B, K)
-    count = half.sum(1, keepdim=True)
-    centre = (xy * half[..., None]).sum(1) / count.clamp(min=1)
-    spread = (torch.where(half[..., None], xy, -torch.inf).amax(1) - torch.where(half[..., None], xy, torch.inf).amin(1)).amax(-1)
-    fit = chosen.to(has.device) & (has.sum(1) > 8) & (count[:, 0] > 2) & (spread > 0)
-    side = torch.where(fit, 1.5 * spread, 1.0)
+    centre, side = _around(xy, half)
+    fit = chosen.to(has.device) & (has.sum(1) > 8) & (half.sum(1) > 2) & (side > 0)
+    side = torch.where(fit, 1.5 * side, 1.0)
     return torch.where(fit[:, None, None], similarity(centre, side, torch.zeros_like(side), size), crop)
 
-# %% ../nbs/04_views.ipynb #photo
+def _around(xy: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (B, 2) and larger extent (B,) of the `chosen` (B, K) among the points (B, K, 2)."""
+    mask = chosen[..., None]
+    centre = (xy * mask).sum(1) / mask.sum(1).clamp(min=1)
+    extent = torch.where(mask, xy, -torch.inf).amax(1) - torch.where(mask, xy, torch.inf).amin(1)
+    return centre, extent.amax(-1)
+
+# %% ../nbs/04_views.ipynb #blend
 def _blend(dull: Tensor, pictures: Tensor, v: Tensor) -> Tensor:
     """dull + factor x (pictures - dull), with the factor of magnitude v (n,) in 1 ... 9; grey values 0 ... 255."""
     factor = (0.09 * v + 0.05).view(-1, 1, 1, 1)
@@ -84,6 +90,7 @@ def _smooth(pictures: Tensor) -> Tensor:
 def _grey(pictures: Tensor) -> Tensor:
     return TF.rgb_to_grayscale(pictures).round()
 
+# %% ../nbs/04_views.ipynb #operations
 # each takes pictures (n, 3, H, W) with grey values 0 ... 255 and magnitudes v (n,) in 1 ... 9, and returns such pictures
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "autocontrast": lambda p, v: TF.autocontrast(p.to(torch.uint8)).to(p),
@@ -97,6 +104,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "solarise": lambda p, v: torch.where(p < (256 - (25.6 * v).floor()).view(-1, 1, 1, 1), p, 255 - p),
 }
 
+# %% ../nbs/04_views.ipynb #photometric
 def photometric(pictures: Tensor, rng: Generator, draws: int = 2, p: float = 0.5) -> Tensor:
     """Two operations a picture, drawn with replacement, each applied with probability `p`. (B, 3, H, W), grey values 0 ... 255."""
     pictures, n = pictures.clone(), len(pictures)
@@ -110,6 +118,7 @@ def photometric(pictures: Tensor, rng: Generator, draws: int = 2, p: float = 0.5
                 pictures[rows] = operation(pictures[rows], v[rows])
     return pictures
 
+# %% ../nbs/04_views.ipynb #cutout
 def cutout(pictures: Tensor, rng: Generator, squares: int = 6, side: float = 1 / 8, p: float = 0.5) -> Tensor:
     """With probability `p`, grey squares (127) of `side` x the picture's width around uniform points. (B, 3, H, W)."""
     n, _, h, w = pictures.shape

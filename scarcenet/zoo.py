@@ -109,7 +109,6 @@ def picture_at(split: int, i: int, seed: int = 0) -> Picture:
 
 def store(job: tuple[int, int], folder: Path, seed: int) -> tuple[dict, list[dict]]:
     """Draw picture (split, i), write it to `folder`/data, and return its COCO image and annotations."""
-    cv2.setNumThreads(1)                              # the processes already fill the cores
     split, i = job
     picture, number = picture_at(split, i, seed), split * 10**6 + i + 1
     name, (height, width) = f"{number:012d}.jpg", picture.pixels.shape[:2]
@@ -161,8 +160,12 @@ def write_zoo(folder, train: int = 960, val: int = 120, test: int = 240, seed: i
     work, bar = partial(store, folder=folder, seed=seed), partial(tqdm, total=len(jobs), desc="drawing the zoo", unit=" pictures")
     if (workers := workers or os.cpu_count()) == 1: made = list(bar(map(work, jobs)))
     else:
-        with ProcessPoolExecutor(workers, get_context("fork" if sys.platform == "linux" else "spawn")) as pool:
-            made = list(bar(pool.map(work, jobs, chunksize=8)))
+        # the processes fill the cores; and a process forked while OpenCV has threads of its own would wait for them for ever
+        threads = cv2.getNumThreads(); cv2.setNumThreads(1)
+        try:
+            with ProcessPoolExecutor(workers, get_context("fork" if sys.platform == "linux" else "spawn"), cv2.setNumThreads, (1,)) as pool:
+                made = list(bar(pool.map(work, jobs, chunksize=8)))
+        finally: cv2.setNumThreads(threads)
     for s, split in enumerate(SPLITS):
         mine = [m for (part, _), m in zip(jobs, made) if part == s]
         write_json(folder / "annotations" / f"ap10k-{split}-split1.json",

@@ -19,9 +19,9 @@ SLACK = 0.01           # of the keypoints
 
 
 def centres(maps: torch.Tensor) -> torch.Tensor:
-    """The heatmap px (B, K, 2) on which the original drew the Gaussians of `maps` (B, K, h, w), some of them beyond the edge."""
+    """Positions (B, K, 2) in heatmap px, some of them beyond the edge, for which the original draws `maps` (B, K, h, w)."""
     h, w = maps.shape[-2:]
-    y, x = torch.meshgrid(torch.arange(-6.0, h + 6), torch.arange(-6.0, w + 6), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(-8.0, h + 6), torch.arange(-8.0, w + 6), indexing="ij")
     candidates = torch.stack((x, y), -1).flatten(0, 1)[None]                             # (1, n, 2)
     drawn = encode(candidates, torch.ones(candidates.shape[:2]), (h, w), 1, rounded=True)[0].flatten(2)[0]
     off = (drawn ** 2).sum(1) - 2 * maps.flatten(2) @ drawn.T                            # squared distance, up to a constant
@@ -29,8 +29,12 @@ def centres(maps: torch.Tensor) -> torch.Tensor:
 
 
 def test_centres_are_found_beyond_the_edge():
-    at = torch.tensor([[[0.0, 0], [-5, 3], [36, 31], [17, -2]]])
-    assert torch.equal(centres(encode(at, torch.ones(1, 4), (32, 32), 1, rounded=True)[0]), at)
+    at = torch.tensor([[[0.0, 0], [-5, 3], [36, 31], [17, -2], [-7, 37]]])
+    maps = encode(at, torch.ones(1, 5), (32, 32), 1, rounded=True)[0]
+    found = centres(maps)
+    # rounding towards zero makes -1 and 0 one position
+    assert torch.equal(encode(found, torch.ones(1, 5), (32, 32), 1, rounded=True)[0], maps)
+    assert torch.equal(found.clamp(min=0), at.clamp(min=0)) and (maps.amax((-2, -1)) > 0).all()
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +99,7 @@ def test_supervised_term(step, golden):
     assert (ours.weight != golden["sup_weight"]).float().mean() <= SLACK
     counted = golden["sup_weight"] > 0
     assert (other_maps(ours.target, golden["sup_target"]) & counted).float().mean() <= SLACK
-    assert float(ours.supervised) == pytest.approx(float(golden["sup_loss"]), rel=0.02)
+    assert ours.supervised.item() == pytest.approx(float(golden["sup_loss"]), rel=0.02)
     exactly = heatmap_loss(ours.prediction, golden["sup_target"], golden["sup_weight"])
     assert float(exactly) == pytest.approx(float(golden["sup_loss"]), rel=2e-3)
 
@@ -105,10 +109,10 @@ def test_consistency_term(step, golden):
     assert (ours.teacher_weight != golden["con_weight"]).float().mean() <= SLACK
     counted = golden["con_weight"] > 0
     assert (other_maps(ours.teacher_target, golden["con_target"]) & counted).float().mean() <= SLACK
-    assert float(ours.consistency) == pytest.approx(weight * float(golden["con_loss"]), rel=0.02)
+    assert ours.consistency.item() == pytest.approx(weight * float(golden["con_loss"]), rel=0.02)
     exactly = heatmap_loss(ours.prediction, golden["con_target"], golden["con_weight"])
     assert float(exactly) == pytest.approx(float(golden["con_loss"]), rel=2e-3)
-    assert float(ours.loss) == pytest.approx(float(ours.supervised + ours.consistency), rel=1e-6)
+    assert ours.loss.item() == pytest.approx((ours.supervised + ours.consistency).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("change", [dict(agree_px=0.0), dict(agree_bias=0.0), dict(mixed_sides=False), dict(truth_weight=1.0)],
