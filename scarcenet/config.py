@@ -70,6 +70,8 @@ class Config:
     """epochs of stage 3; 0 stops after stage 1"""
     batch: int = 32
     """instances per step"""
+    labelled_repeat: int = 1
+    """how often an epoch of stage 3 shows each labelled instance; the unlabelled are shown once"""
     lr: float = 1e-3
     """peak learning rate (Adam)"""
     milestones: tuple[int, ...] = (190, 200)
@@ -101,7 +103,7 @@ class Config:
     live_bn: bool = False
     """teacher and extra passes in train mode, moving the BN statistics (the original); else averaged statistics"""
     rounded: bool = False
-    """draw a keypoint's peak on the nearest heatmap pixel instead of where it is (the original)"""
+    """draw keypoints on whole heatmap pixels, and read pseudo-labels from them (the original), not in between"""
 
     # both
     evaluate_every: int = 10

@@ -43,10 +43,9 @@ def decide(labelled: Tensor, has_label: Tensor, reliable: Tensor, agree: Tensor,
 
     `has_label`: a person's label or a confident pseudo-label; `consistent`: takes part in the consistency term.
     """
-    decision = torch.where(consistent, int(Decision.CONSISTENCY), int(Decision.IGNORED))
-    decision = decision.masked_fill(agree, int(Decision.REUSABLE))
-    decision = decision.masked_fill(reliable, int(Decision.RELIABLE))
     rest = torch.where(consistent, int(Decision.CONSISTENCY), int(Decision.IGNORED))
+    decision = rest.masked_fill(agree, int(Decision.REUSABLE))
+    decision = decision.masked_fill(reliable, int(Decision.RELIABLE))
     truth = torch.where(has_label, int(Decision.TRUTH), rest)
     return torch.where(labelled[:, None], truth, decision)
 

@@ -27,7 +27,7 @@ STAGES = {"supervised": "stage 1, supervised", "scarce": "stage 3, ScarceNet"}
 
 def _values(rows: Sequence[dict], name: str) -> np.ndarray:
     """A column of metrics.csv; nan where a row has nothing in it."""
-    return np.array([float(r.get(name) or "nan") for r in rows])
+    return np.array([float("nan" if r.get(name) in (None, "") else r[name]) for r in rows])
 
 def curves(rows: Sequence[dict]) -> Figure:
     """The loss of both stages, and AP on the val split where it was measured, over the epochs of metrics.csv."""
@@ -78,7 +78,7 @@ def decisions(rows: Sequence[dict]) -> Figure:
 
 # %% ../nbs/13_show.ipynb #poses
 def poses_grid(poses: PoseSet, xy, rows: Sequence[int], columns: int = 6) -> Figure:
-    """The instances `rows` with their predicted poses `xy` (N, K, 2) in image px; small hollow rings are the truth.
+    """The instances `rows` with their predicted poses `xy` (N, K, 2) in image px; a white line leads from each keypoint to its truth, a ring.
 
     Above each: its category and the OKS of the pose.
     """
@@ -94,7 +94,8 @@ def poses_grid(poses: PoseSet, xy, rows: Sequence[int], columns: int = 6) -> Fig
         seen, side, middle = truth.visible[n] > 0, 0.6 * max(w, h), (x + w / 2, y + h / 2)
         ax.imshow(read_picture(instance.file))
         draw_pose(ax, xy[n], poses.schema, seen, size=7)
-        ax.scatter(*truth.xy[n][seen].T, s=9, facecolors="none", edgecolors="white", linewidths=0.7, zorder=4)
+        ax.plot(*np.stack([xy[n][seen], truth.xy[n][seen]]).transpose(2, 0, 1), color="white", lw=0.7, zorder=2.5)
+        ax.scatter(*truth.xy[n][seen].T, s=6, facecolors="none", edgecolors="white", linewidths=0.7, zorder=4)
         ax.set(xlim=(middle[0] - side, middle[0] + side), ylim=(middle[1] + side, middle[1] - side))
         ax.set_title(f"{instance.category}  {match[n]:.2f}", fontsize=7, pad=2)
     return figure
@@ -133,7 +134,7 @@ h2{margin-top:2em}.note{color:#666}"""
 PICTURES = {
     "curves": ("Curves", "The loss while training, and AP on the val split where it was measured. Val truth is used for this picture only: nothing is chosen by it."),
     "decisions": ("What became of the keypoints", "Truth was labelled by a person; reliable pseudo-labels had a small loss; reusable ones were replaced by what the student sees; the others only follow the teacher. On the right, the held-back truth of the training pictures judges their targets; training never sees it."),
-    "best": ("Best poses", "On the test split. Dots: predicted; white rings: truth. The animal's own left is orange, its right blue. Above each picture: species and OKS."),
+    "best": ("Best poses", "On the test split. Dots: predicted; a white line leads to the truth, a ring. The animal's own left is orange, its right blue. Above each picture: species and OKS."),
     "worst": ("Worst poses", "As above, from the other end."),
 }
 

@@ -26,7 +26,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, decay: float, buffers: bo
     if buffers:
         pairs = list(zip(teacher.buffers(), student.buffers()))
         old += [t for t, _ in pairs if t.is_floating_point()]
-        new += [s for s_t, s in pairs if s_t.is_floating_point()]
+        new += [s for t, s in pairs if t.is_floating_point()]
         for t, s in pairs:
             if not t.is_floating_point():
                 t.copy_(s)

@@ -155,7 +155,8 @@ def fit(config: Config, data: TrainingSet, state: State | None = None, progress:
         if not config.epochs:
             return
         begin_scarce(config, data, state, progress)
-    plan = Plan(3, torch.arange(len(labels.xy)), config.epochs, config.batch, 1, config.lr, config.milestones)
+    labelled, everyone = labels.labelled.nonzero()[:, 0].cpu(), torch.arange(len(labels.xy))
+    plan = Plan(3, torch.cat((everyone, labelled.repeat(config.labelled_repeat - 1))), config.epochs, config.batch, 1, config.lr, config.milestones)
     joined = join_labels(labels, state.pseudo, config.drop)
     for epoch in _epochs(config, data, lambda: joined, state, plan, _learn_scarce, progress):
         if config.refresh and epoch.epoch % config.refresh == 0 and epoch.epoch < epoch.epochs:

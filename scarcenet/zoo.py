@@ -157,7 +157,7 @@ def write_zoo(folder, train: int = 960, val: int = 120, test: int = 240, seed: i
     recipe = dict(zoo=VERSION, seed=seed, **counts)
     if claim(folder, recipe): return folder
     jobs = [(s, i) for s, n in enumerate(counts.values()) for i in range(n)]
-    work, bar = partial(store, folder=folder, seed=seed), partial(tqdm, total=len(jobs), desc="drawing the zoo", unit=" pictures")
+    work, bar = partial(store, folder=folder, seed=seed), partial(tqdm, total=len(jobs), desc="drawing the zoo", unit=" pictures", disable=None)
     if (workers := workers or os.cpu_count()) == 1: made = list(bar(map(work, jobs)))
     else:
         # the processes fill the cores; and a process forked while OpenCV has threads of its own would wait for them for ever

@@ -2,23 +2,23 @@
 import csv
 import json
 import math
-from copy import deepcopy
 from dataclasses import asdict, replace
+from shutil import copytree
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from scarcenet import trials
 from scarcenet.coco import Labels, find_split, read_coco
 from scarcenet.config import ORIGINAL, Config
-from scarcenet.data import TrainingSet, load_canvases, seeded
+from scarcenet.data import TrainingSet, load_canvases
 from scarcenet.evaluate import pck
 from scarcenet.labels import reveal
 from scarcenet.pseudo import confidence_cut
 from scarcenet.relabel import Decision
 from scarcenet.run import load_checkpoint, open_run, read_config, read_rows, save_checkpoint
-from scarcenet.steps import supervised_step
 from scarcenet.train import fit, learning_rate
 from scarcenet.trials import gather, predict, train_run
 from scarcenet.weights import load_weights
@@ -74,10 +74,13 @@ def test_epochs(config, material, whole):
     for e in epochs:
         assert e.loss == pytest.approx(e.supervised + e.consistency, rel=1e-4) and math.isfinite(e.loss) and e.seconds > 0
         if e.stage == "supervised":
-            assert e.consistency == 0 and sum(e.decisions) == 0
+            assert e.consistency == 0 and e.record is None
         else:
-            assert e.consistency > 0 and sum(e.decisions) == steps * config.batch * k
-            assert e.decisions[Decision.TRUTH] and e.decisions[Decision.RELIABLE]
+            assert e.consistency > 0 and {t.shape[:2] for t in e.record} == {(n, k)}
+            truth = e.record.decision == Decision.TRUTH
+            assert torch.equal(truth, material.data.labels.weight > 0)          # every labelled keypoint was seen, and no other taken for one
+            assert torch.equal(e.record.target_xy[truth], material.data.labels.xy[truth])
+            assert (e.record.decision == Decision.RELIABLE).any()
 
 
 def test_length_of_stage_one(config, material):
@@ -108,7 +111,7 @@ def test_the_original_trains(config, material):
     quirks = {k: v for k, v in asdict(ORIGINAL).items() if v != getattr(Config(), k)}
     epochs = list(fit(replace(config, **quirks, supervised_epochs=1, epochs=2), material.data))
     assert [e.stage for e in epochs] == ["supervised", "scarce", "scarce"] and all(math.isfinite(e.loss) for e in epochs)
-    assert epochs[-1].decisions[Decision.IGNORED] > 0           # the dropped keypoints get no consistency term
+    assert (epochs[-1].record.decision == Decision.IGNORED).any()              # the dropped keypoints get no consistency term
 
 
 def test_rates():
@@ -145,7 +148,7 @@ def test_global_random_state_is_left_alone(config, material):
 
 # ---- interruption
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("stop", [1, 3, 4])
 def test_resumed_is_uninterrupted(config, material, whole, tmp_path, stop):
     """Stopped after any epoch, of stage 1, between the stages or in stage 3, and taken up from the file."""
     run = fit(config, material.data)
@@ -158,7 +161,22 @@ def test_resumed_is_uninterrupted(config, material, whole, tmp_path, stop):
     rest = list(fit(config, material.data, state))
     assert len(rest) == 6 - stop
     assert_same(snapshot(rest[-1].state), whole[1])
-    assert [(e.loss, e.decisions) for e in rest] == [(e.loss, e.decisions) for e in whole[0][stop:]]
+    for ours, theirs in zip(rest, whole[0][stop:]):
+        assert ours.loss == theirs.loss and ours.rate == theirs.rate
+        assert (ours.record is None and theirs.record is None) or all(torch.equal(a, b) for a, b in zip(ours.record, theirs.record))
+
+
+def test_resumed_with_new_pseudo_labels(config, material, tmp_path):
+    """The same where the teacher makes the pseudo-labels anew after each epoch: those of the last are part of the state."""
+    config = replace(config, supervised_epochs=1, refresh=1)
+    *_, last = fit(config, material.data)
+    expected, run = snapshot(last.state), fit(config, material.data)
+    first = next(run) and next(run).state.pseudo.xy.clone()
+    state = next(run).state
+    assert not torch.equal(first, state.pseudo.xy)
+    save_checkpoint(tmp_path / "checkpoint.safetensors", state)
+    *_, last = fit(config, material.data, load_checkpoint(tmp_path / "checkpoint.safetensors", config, material.data))
+    assert_same(snapshot(last.state), expected)
 
 
 class PowerCut(Exception):
@@ -187,7 +205,7 @@ FILES = {"config.json", "metrics.csv", "pseudo.json", "checkpoint.safetensors", 
 SCORES = ("supervised", "student", "teacher")
 
 
-@pytest.mark.parametrize("place, calls", [("append_metrics", 1), ("save_checkpoint", 2), ("write_pseudo", 0), ("save_checkpoint", 4), ("save_figure", 1)])
+@pytest.mark.parametrize("place, calls", [("append_metrics", 1), ("write_pseudo", 0), ("save_checkpoint", 4), ("save_figure", 1)])
 def test_a_run_is_taken_up_again(config, material, finished, tmp_path, monkeypatch, place, calls):
     """Whatever it was doing when the power went, `resume` ends at the same weights, table and scores."""
     folder = open_run(tmp_path / "run", config)
@@ -197,7 +215,7 @@ def test_a_run_is_taken_up_again(config, material, finished, tmp_path, monkeypat
     assert not (folder / "summary.json").exists() or place == "save_figure"
     summary = train_run(config, open_run(folder, config, resume=True), material, resume=True)
     for name in ("checkpoint", *SCORES):
-        assert (folder / f"{name}.safetensors").read_bytes() == (finished[0] / f"{name}.safetensors").read_bytes(), name
+        assert_same(load_file(folder / f"{name}.safetensors"), load_file(finished[0] / f"{name}.safetensors"))
     assert {n: summary[n] for n in SCORES} == {n: finished[1][n] for n in SCORES}
     timeless = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
     assert timeless(read_rows(folder / "metrics.csv")) == timeless(read_rows(finished[0] / "metrics.csv"))
@@ -205,10 +223,10 @@ def test_a_run_is_taken_up_again(config, material, finished, tmp_path, monkeypat
     assert {f.name for f in folder.iterdir()} == FILES
 
 
-def test_a_finished_run_resumed_trains_no_more(config, finished, material):
-    before = (finished[0] / "checkpoint.safetensors").read_bytes()
-    summary = train_run(config, finished[0], material, resume=True)
-    assert (finished[0] / "checkpoint.safetensors").read_bytes() == before
+def test_a_finished_run_resumed_trains_no_more(config, finished, material, tmp_path):
+    folder = copytree(finished[0], tmp_path / "run")
+    summary = train_run(config, open_run(folder, config, resume=True), material, resume=True)
+    assert (folder / "checkpoint.safetensors").read_bytes() == (finished[0] / "checkpoint.safetensors").read_bytes()
     assert {n: summary[n] for n in SCORES} == {n: finished[1][n] for n in SCORES}
 
 
@@ -290,7 +308,8 @@ def test_metrics(config, finished, whole):
     assert [(r["stage"], int(r["epoch"])) for r in rows] == [(e.stage, e.epoch) for e in whole[0]]
     assert [float(r["loss"]) for r in rows] == pytest.approx([e.loss for e in whole[0]])
     for row, epoch in zip(rows, whole[0]):
-        assert {d: int(row[d.name.lower()]) for d in Decision} == {d: epoch.decisions[d] for d in Decision}
+        for d in Decision:
+            assert row[f"{d.name.lower()}_count"] == ("" if epoch.record is None else str(int((epoch.record.decision == d).sum())))
         due = epoch.epoch in (2, 3)                                            # every second, and the last
         assert bool(row["student_AP"]) == due and bool(row["teacher_AP"]) == (due and epoch.stage == "scarce")
 
@@ -329,6 +348,7 @@ def test_pseudo_labels_in_the_folder(config, finished, material, whole):
 
 
 def test_page(finished):
+    """It stands alone: its pictures beside it, every network's number in it, nothing fetched."""
     folder, summary = finished
     text = (folder / "index.html").read_text()
     assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
@@ -336,8 +356,7 @@ def test_page(finished):
         assert f'src="pictures/{picture.name}"' in text
     for name in SCORES:
         assert f"<td>{name}</td><td>{summary[name]['test']['overall']['AP']:.3f}</td>" in text
-    assert "http" not in text.replace("http://www.w3.org", "")                # nothing is fetched from anywhere
-    assert str(folder) not in text
+    assert "http" not in text and str(folder) not in text
 
 
 def test_stage_one_alone_leaves_a_whole_folder(config, material, tmp_path):
@@ -355,3 +374,23 @@ def test_a_folder_with_something_in_it_is_left_alone(config, finished):
     with pytest.raises(ValueError, match="seed is 3 there"):
         open_run(finished[0], replace(config, seed=4), resume=True)
     assert {f.name: f.stat().st_mtime_ns for f in finished[0].iterdir()} == before
+
+
+# ---- real pictures
+
+def test_eight_real_animals_are_learnt_by_heart(real_data):
+    """Eight instances through the complete way of the data, from the file to the strong views and back to image px."""
+    poses = read_coco(*find_split(real_data / "animals", "train"))
+    clear = (poses.truth.visible > 0).sum(1) >= 12
+    large = poses.column("box")[:, 2:].max(1) > 120                            # image px
+    poses = poses.subset(np.flatnonzero(clear & large)[::40][:8])
+    assert len(poses) == 8
+    # of the defaults only the schedule is changed, and sigma, in proportion to maps of 16 px
+    config = Config(network="tiny", size=64, sigma=1.5, supervised_batch=16, supervised_repeat=20, supervised_epochs=90, supervised_lr=1.5e-2,
+                    supervised_milestones=(), epochs=0, device="cpu")
+    assert config.half_body > 0
+    labels = reveal(poses, np.ones(len(poses), bool))
+    data = TrainingSet(poses.schema, load_canvases(poses.instances, config.size), Labels(*map(torch.as_tensor, labels)))
+    *_, last = fit(config, data)
+    found = predict(last.state.student, data.canvases, config, poses.schema.swap)
+    assert pck(poses, found.xy.numpy()) >= 0.95

@@ -1,0 +1,271 @@
+"""What goes wrong outside the program: one clear line that names the file and the entry, exit code 1, and nothing that was there is touched."""
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from scarcenet import cli
+from scarcenet.config import PRESETS
+
+TINY = ("--network tiny --size 64 --labels 1 --supervised-epochs 1 --supervised-milestones --supervised-batch 8 --epochs 1 --milestones "
+        "--batch 8 --views 2 --device cpu").split()
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A small set and a finished run on it, to be copied."""
+    folder = tmp_path_factory.mktemp("faults")
+    assert cli.main(["zoo", "--out", str(folder / "set"), "--train", "8", "--val", "2", "--test", "2"]) == 0
+    (folder / "set" / "zoo.json").unlink()
+    assert cli.main(["train", "original", "--data", str(folder / "set"), "--out", str(folder / "run"), *TINY]) == 0
+    config = folder / "run" / "config.json"
+    config.write_text(config.read_text().replace(json.dumps(str(folder / "set")), '"set"'))       # relative: the folder is copied
+    return folder
+
+
+@pytest.fixture
+def place(good, tmp_path, monkeypatch):
+    """A copy that a test may spoil, as the current folder."""
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def snapshot(folder: Path) -> dict:
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def refused(capsys, argv, *words, code=1):
+    """Run a command that must fail: exit code, one line on stderr with these words, and every file as it was."""
+    shutil.rmtree("new", ignore_errors=True)
+    before = snapshot(Path.cwd())
+    capsys.readouterr()
+    assert cli.main([str(a) for a in argv]) == code
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"scarcenet: [^\n]+\n", err), err
+    for word in words:
+        assert str(word) in err, err
+    after = snapshot(Path.cwd())
+    assert before.items() <= after.items(), "a file was changed or removed"
+    assert not [p for p in after if p.suffix == ".part"]
+
+
+def train(*flags, out="new"):
+    return ["train", "original", "--data", "set", "--out", out, *TINY, *flags]
+
+
+TRAIN = Path("set/annotations/ap10k-train-split1.json")
+
+
+def edit(change, file=TRAIN):
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
+def note(number, **values):
+    """Changes entries of one annotation."""
+    return lambda: edit(lambda data: data["annotations"][number].update(values))
+
+
+def first_keypoints(data, number=0):
+    return data["annotations"][number]["keypoints"]
+
+
+SPOILED = {
+    "missing picture": (lambda: Path("set/data/000000000003.jpg").unlink(), ("set/data/000000000003.jpg", "no such picture")),
+    "torn picture": (lambda: Path("set/data/000000000003.jpg").write_bytes(Path("set/data/000000000003.jpg").read_bytes()[:-900]),
+                     ("set/data/000000000003.jpg", "truncated")),
+    "no picture": (lambda: Path("set/data/000000000003.jpg").write_text("a text"), ("set/data/000000000003.jpg",)),
+    "broken JSON": (lambda: TRAIN.write_text(TRAIN.read_text()[:-100]), (TRAIN, "broken JSON")),
+    "empty file": (lambda: TRAIN.write_text(""), (TRAIN, "broken JSON")),
+    "foreign JSON": (lambda: TRAIN.write_text('{"images": "elsewhere", "version": 3}'), (TRAIN, "COCO")),
+    "no keypoint set": (lambda: edit(lambda d: [c.pop("keypoints") for c in d["categories"]]), (TRAIN, "category", "keypoint")),
+    "another K": (lambda: edit(lambda d: first_keypoints(d, 2).extend([1, 2, 2])), (TRAIN, "annotation 30", "51 finite numbers")),
+    "zero-area box": (note(1, bbox=[5, 5, 0, 40]), (TRAIN, "annotation 20", "no area")),
+    "NaN keypoint": (lambda: edit(lambda d: first_keypoints(d, 1).__setitem__(3, float("nan"))), (TRAIN, "annotation 20", "keypoints")),
+    "NaN box": (note(1, bbox=[float("nan"), 5, 9, 40]), (TRAIN, "annotation 20", "bbox")),
+    "unknown picture": (note(1, image_id=999), (TRAIN, "annotation 20", "image_id 999")),
+    "unknown category": (note(1, category_id=77), (TRAIN, "annotation 20", "category_id 77")),
+    "id twice": (note(1, id=10), (TRAIN, "annotations[1]", "10")),
+    "path out of the set": (lambda: edit(lambda d: d["images"][0].update(file_name="../../secret.jpg")), (TRAIN, "image 1", "secret.jpg")),
+}
+
+
+@pytest.mark.parametrize("spoil, words", SPOILED.values(), ids=SPOILED)
+def test_spoiled_set(place, capsys, spoil, words):
+    """`check` and `train` name the same fault."""
+    assert [a["id"] for a in json.loads(TRAIN.read_text())["annotations"]][:3] == [10, 20, 30]
+    spoil()
+    refused(capsys, ["check", "set"], *words)
+    refused(capsys, train(), *words)
+    refused(capsys, ["pseudo", "run", "--out", "new.json"], *words)
+    assert not Path("new.json").exists()
+
+
+def test_a_failed_start_can_be_repeated(place, capsys):
+    """What failed before it began leaves no folder that would have to be removed first."""
+    picture = Path("set/data/000000000003.jpg")
+    picture.rename("away.jpg")
+    refused(capsys, train(), "no such picture")
+    Path("away.jpg").rename(picture)
+    assert cli.main(train("--seed", "1")) == 0
+
+
+def test_wrong_labels(place, capsys):
+    Path("ids.json").write_text("[901, 902]")
+    refused(capsys, train("--labels", "ids.json"), "ids.json", "none of its 2 picture ids", TRAIN)
+    Path("odd.json").write_text('{"ids": [1]}')
+    refused(capsys, train("--labels", "odd.json"), "odd.json", "not a JSON array")
+    refused(capsys, train("--labels", "nowhere.json"), "nowhere.json")
+    refused(capsys, train("--labels", "0"), "per_category is 0")
+    refused(capsys, train("--families", "Hominidae"), TRAIN, "Hominidae", "Bovidae")
+
+
+def test_odd_but_usable_label_list(place, capsys):
+    """Ids that stand there twice, or belong to no picture, are told and do no harm."""
+    Path("ids.json").write_text("[1, 2, 2, 901]")
+    capsys.readouterr()
+    assert cli.main(train("--labels", "ids.json", "--epochs", "0")) == 0
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"scarcenet: ids\.json: 1 ids stand there twice and 1 are of no picture [^\n]+\n", err), err
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_split_is_absent(place, capsys, split):
+    Path(f"set/annotations/ap10k-{split}-split1.json").unlink()
+    refused(capsys, train(), "set", f"no split '{split}'")
+    refused(capsys, ["eval", "run", "--split", "nosplit"], "set", "no split 'nosplit'")
+    refused(capsys, train("--split", "2"), "set", "ap10k-train-split2.json")
+    refused(capsys, ["check", "nowhere"], "nowhere")
+
+
+def five(file=Path("five.json"), source=Path("set/annotations/ap10k-test-split1.json")):
+    """The test split with five of its keypoints."""
+    data = json.loads(source.read_text())
+    for c in data["categories"]:
+        c.update(keypoints=c["keypoints"][:5], flip_pairs=[[0, 1]], skeleton=[])
+    for a in data["annotations"]:
+        a["keypoints"] = a["keypoints"][:15]
+    file.write_text(json.dumps(data))
+
+
+def test_another_number_of_keypoints(place, capsys):
+    five()
+    refused(capsys, ["eval", "run", "--data", "five.json", "--images", "set/data", "--json", "new.json"], "run/supervised.safetensors", "five.json", "5 keypoints")
+    assert not Path("new.json").exists()
+    five(Path("set/annotations/ap10k-val-split1.json"))
+    refused(capsys, train(), "ap10k-val-split1.json", TRAIN)
+
+
+def spoil_weights(file):
+    state = load_file(file)
+    save_file({k: v[:5].clone() if k.startswith(("final_layer", "part_layers.16")) else v for k, v in state.items()}, file)
+
+
+TORN = {
+    "text": lambda f: f.write_text("not a tensor in sight"),
+    "torn": lambda f: f.write_bytes(f.read_bytes()[:5000]),
+    "empty": lambda f: f.write_bytes(b""),
+    "another K": spoil_weights,
+}
+
+
+@pytest.mark.parametrize("spoil", TORN.values(), ids=TORN)
+def test_weights_that_do_not_fit(place, capsys, spoil):
+    spoil(Path("run/teacher.safetensors"))
+    refused(capsys, ["eval", "run"], "run/teacher.safetensors")
+    refused(capsys, ["pseudo", "run", "--out", "new.json"], "run/teacher.safetensors")
+    refused(capsys, train("--weights", "run/teacher.safetensors"), "run/teacher.safetensors")
+    assert not Path("new.json").exists()
+
+
+@pytest.mark.parametrize("spoil", [*list(TORN.values())[:3], lambda f: shutil.copy("run/teacher.safetensors", f)], ids=[*list(TORN)[:3], "weights alone"])
+def test_torn_checkpoint(place, capsys, spoil):
+    spoil(Path("run/checkpoint.safetensors"))
+    refused(capsys, train("--resume", out="run"), "run/checkpoint.safetensors", "no checkpoint of this run")
+
+
+def test_checkpoint_of_another_network(place, capsys):
+    """The configuration fits, but the checkpoint was made for 5 keypoints."""
+    for split in ("train", "val", "test"):
+        five(Path(f"set/annotations/ap10k-{split}-split1.json"), Path(f"set/annotations/ap10k-{split}-split1.json"))
+    refused(capsys, train("--resume", out="run"), "run/checkpoint.safetensors", "no checkpoint of this run", "shape")
+
+
+def test_run_folders(place, capsys):
+    refused(capsys, train(out="run"), "run: already there", "--resume")
+    refused(capsys, train("--resume", "--seed", "5", out="run"), "run/config.json", "seed is 0 there, but 5")
+    refused(capsys, train("--resume"), "new/config.json")
+    refused(capsys, train(out="set"), "set: already there")
+    refused(capsys, ["zoo", "--out", "set"], "set: holds other files")
+    Path("foreign").mkdir()
+    Path("foreign/config.json").write_text('{"architectures": ["Bert"]}')
+    refused(capsys, train(out="foreign"), "foreign/config.json", "not the configuration of a run")
+    refused(capsys, ["eval", "foreign"], "foreign", "no weights")
+    refused(capsys, ["eval", "nowhere"], "nowhere", "no weights")
+    Path("alone").mkdir()
+    shutil.copy("run/teacher.safetensors", "alone")
+    refused(capsys, ["eval", "alone/teacher.safetensors"], "alone/config.json")
+
+
+def test_nothing_can_be_written(place, capsys):
+    """Below a regular file there is no folder: what root, too, cannot write."""
+    Path("file").write_text("mine")
+    refused(capsys, train(out="file/run"), "file")
+    refused(capsys, train(out="file"), "file: already there")
+    refused(capsys, ["zoo", "--out", "file/zoo"], "file")
+    refused(capsys, ["pseudo", "run", "--out", "file/p.json"], "file")
+    refused(capsys, ["eval", "run", "--json", "file/e.json"], "file")
+    refused(capsys, ["check", "set", "--draw", "file/d"], "file")
+    if "demo" in PRESETS:
+        refused(capsys, ["demo", "--out", "file/run"], "file")
+    refused(capsys, ["ablate", "original", "--out", "file/run"], "file")
+
+
+def test_no_file_is_overwritten(place, capsys):
+    refused(capsys, ["pseudo", "run", "--out", str(TRAIN)], TRAIN, "already there")
+    refused(capsys, ["eval", "run", "--json", str(TRAIN)], TRAIN, "already there")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_is_absent(place, capsys):
+    refused(capsys, train("--device", "cuda"), "device cuda", "this machine has none")
+    refused(capsys, ["eval", "run", "--device", "cuda:1"], "device cuda:1")
+    refused(capsys, train("--device", "abacus"), "abacus", "expected auto, cpu, cuda")
+
+
+def test_numbers_that_make_no_sense(place, capsys):
+    """Flags outside of their range are a wrong command line; a network is looked for when the run starts."""
+    for flags, words in {("--size", "70"): "size is 70", ("--batch", "0"): "batch is 0", ("--drop", "1.5"): "drop is 1.5", ("--lr", "nan"): "lr is nan",
+                         ("--supervised-epochs", "0", "--epochs", "0"): "nothing to train"}.items():
+        with pytest.raises(SystemExit) as end:
+            cli.main(train(*flags))
+        assert end.value.code == 2 and words in " ".join(capsys.readouterr().err.replace("│", " ").split())
+        assert not Path("new").exists()
+    refused(capsys, train("--network", "w64"), "network 'w64'", "tiny")
+    refused(capsys, train("--network", "timm:nonesuch"), "nonesuch")
+    refused(capsys, ["pseudo", "run", "--out", "new.json", "--drop", "2"], "drop is 2")
+
+
+@pytest.mark.parametrize("argv", [["trane"], ["train", "nopreset", "--out", "new"], train("--epoch-count", "3"), train("--epochs", "many"),
+                                  ["train", "original"], ["eval"], []], ids=" ".join)
+def test_wrong_command_line(place, capsys, argv):
+    """Exit code 2, and what would have been right; nothing is begun."""
+    before = snapshot(place)
+    with pytest.raises(SystemExit) as end:
+        cli.main(argv)
+    assert end.value.code == 2 and "help" in (err := capsys.readouterr().err) and "Traceback" not in err
+    assert snapshot(place) == before and not Path("new").exists()
+
+
+def test_a_mistake_keeps_its_traceback(monkeypatch):
+    """What nobody expected is not made to look like bad input."""
+    from scarcenet import zoo
+    monkeypatch.setattr(zoo, "write_zoo", lambda *_: {}["nothing"])
+    with pytest.raises(KeyError):
+        cli.main(["zoo", "--out", "new"])

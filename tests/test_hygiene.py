@@ -1,0 +1,126 @@
+"""The repository itself: notebooks and modules are one, rooms import downwards, the README is the index, nothing of a machine is in it."""
+import ast
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY, NOTEBOOKS = ROOT / "scarcenet", sorted((ROOT / "nbs").glob("*.ipynb"))
+MODULES = sorted(f for f in LIBRARY.glob("*.py") if not f.name.startswith("_"))
+LONGEST = 260           # lines of a module
+
+
+def notebook(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def exporting() -> dict[str, Path]:
+    """Module name -> the notebook that makes it."""
+    found = {}
+    for file in NOTEBOOKS:
+        for cell in notebook(file)["cells"]:
+            if cell["cell_type"] == "code" and (name := re.search(r"^#\|\s*default_exp\s+(\S+)", "".join(cell["source"]), re.M)):
+                found[name[1]] = file
+    return found
+
+
+def by_name(files):
+    return pytest.mark.parametrize("file", files, ids=lambda f: f.stem)
+
+
+def test_export_leaves_no_difference(tmp_path):
+    """The notebooks, exported into a copy in which no module is left, make the modules that stand here, every byte."""
+    for name in ("settings.ini", "README.md", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "nbs").mkdir()
+    for file in NOTEBOOKS:
+        shutil.copy(file, tmp_path / "nbs")
+    (tmp_path / "scarcenet").mkdir()
+    shutil.copy(LIBRARY / "__init__.py", tmp_path / "scarcenet")
+    environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}      # which makes nbdev_export do nothing
+    subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=tmp_path, env=environment, check=True)
+    made, here = ({f.name: f.read_text(encoding="utf-8") for f in (folder / "scarcenet").glob("*.py")} for folder in (tmp_path, ROOT))
+    assert made.keys() == here.keys()
+    assert [name for name in here if made[name] != here[name]] == []
+
+
+def test_every_module_has_its_notebook():
+    assert {f.stem for f in MODULES} == set(exporting())
+
+
+@by_name(MODULES)
+def test_imports_go_down(file):
+    """A module imports only what earlier notebooks make, by name."""
+    place = {module: notebook.name for module, notebook in exporting().items()}
+    tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    imports = [n for n in tree if isinstance(n, ast.ImportFrom) and (n.level or n.module.split(".")[0] == "scarcenet")]
+    assert {n.level for n in imports} <= {0, 1}
+    inner = {n.module.removeprefix("scarcenet.") for n in imports}
+    assert inner <= place.keys(), "from the package, import modules' names, not the package's"
+    assert {m for m in inner if place[m] >= place[file.stem]} == set()
+    assert "*" not in {alias.name for n in imports for alias in n.names}
+
+
+@by_name(MODULES)
+def test_modules_are_short(file):
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+def test_modules_are_described():
+    """Each begins with a sentence on what it is for."""
+    assert [f.name for f in MODULES if not ast.get_docstring(ast.parse(f.read_text(encoding="utf-8")))] == []
+
+
+def test_readme_is_the_index():
+    specification = importlib.util.spec_from_file_location("readme", ROOT / ".ci" / "readme.py")
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+    text, pictures = tool.readme(ROOT / "nbs" / "index.ipynb")
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == text
+    assert {name: (ROOT / name).read_bytes() for name in pictures} == pictures
+
+
+@by_name(NOTEBOOKS)
+def test_notebook_form(file):
+    """Title, sentence, cell ids that stay, no execution counts."""
+    content = notebook(file)
+    ids = [c.get("id", "") for c in content["cells"]]
+    assert all(re.fullmatch(r"[\w-]{1,64}", i) for i in ids) and len(set(ids)) == len(ids)
+    first = "".join(content["cells"][0]["source"])
+    assert content["cells"][0]["cell_type"] == "markdown" and re.match(r"# .+\n+> .+", first), "first cell: `# Title` and `> a sentence`"
+    assert all(c.get("execution_count") is None and not any(o.get("execution_count") for o in c["outputs"])
+               for c in content["cells"] if c["cell_type"] == "code"), "run nbdev_clean"
+
+
+@by_name(NOTEBOOKS)
+def test_notebook_outputs(file):
+    """They were run, without an error; and there is something to look at."""
+    outputs = [o for c in notebook(file)["cells"] if c["cell_type"] == "code" for o in c["outputs"]]
+    errors = [o for o in outputs if o["output_type"] == "error" or "Traceback (most recent call last)" in "".join(o.get("text", []))]
+    assert outputs and not errors
+    if file.stem != "index":
+        assert any({"image/png", "image/svg+xml", "image/jpeg"} & o.get("data", {}).keys() for o in outputs), "no picture"
+
+
+# Folders of one machine, and what a browser or an editor leaves behind. Written so that this file does not find itself.
+MACHINE = re.compile("|".join(["(?<![\\w.~<-])/" + f"(?:{name})/" for name in ("root", "home", "work", "Users", "tmp")] + [r"\b[A-Z]:\\\\Users"]))
+
+
+def text_files():
+    folders = [ROOT / n for n in ("nbs", "scarcenet", "tests", ".ci")]
+    ends = (".py", ".ipynb", ".md", ".ini", ".js", ".css", ".toml", ".yml")
+    inside = [f for folder in folders for f in folder.rglob("*") if f.suffix in ends and not {"runs", "__pycache__", ".ipynb_checkpoints"} & set(f.parts)]
+    return sorted(f for f in inside + [f for f in ROOT.iterdir() if f.is_file()] if f.suffix in ends)
+
+
+@pytest.mark.parametrize("file", text_files(), ids=lambda f: f.relative_to(ROOT).as_posix())
+def test_no_machine_paths(file):
+    text = re.sub(r'"image/(?:png|jpeg)": ?"[^"]*"', "", file.read_text(encoding="utf-8"))         # base64 may hold anything
+    assert [m[0] for m in MACHINE.finditer(text)] == []

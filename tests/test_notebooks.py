@@ -1,0 +1,56 @@
+"""Every notebook runs from top to bottom in a process of its own, as `nbdev_test` runs it: without the cells that `settings.ini` flags as slow or for a GPU."""
+import os
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 120          # seconds a notebook
+RUN = "import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1], flags='', n_workers=1, do_print=True)"
+
+
+def run(file: Path) -> subprocess.CompletedProcess:
+    """`nbdev_test` of one notebook; it ends with another code than 0 if a cell fails."""
+    environment = os.environ | {"MPLBACKEND": "agg", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    return subprocess.run([sys.executable, "-c", RUN, str(file)], cwd=file.parent.parent, env=environment, capture_output=True, text=True, timeout=LIMIT)
+
+
+@pytest.mark.parametrize("name", sorted(f.name for f in (ROOT / "nbs").glob("*.ipynb")))
+@pytest.mark.timeout(LIMIT + 30)
+def test_notebook(name):
+    done = run(ROOT / "nbs" / name)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert f"Completed {ROOT / 'nbs' / name}" in done.stdout, "it was not run: " + done.stdout[-2000:]
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Writes a notebook with these cells into a project with our settings."""
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "scarcenet").mkdir()
+
+    def write(*cells) -> Path:
+        content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+        nbformat.write(content, tmp_path / "nbs" / "one.ipynb")
+        return tmp_path / "nbs" / "one.ipynb"
+    return write
+
+
+def test_a_failing_cell_is_a_failure(project):
+    good, bad = run(project("assert 1 + 1 == 2")), run(project("1 + 1", "assert 1 + 1 == 3"))
+    assert good.returncode == 0 and "Completed" in good.stdout
+    assert bad.returncode != 0 and "AssertionError" in bad.stdout + bad.stderr
+
+
+def test_flagged_cells_are_left_out(project):
+    settings = ConfigParser(delimiters=["="], interpolation=None)
+    settings.read(ROOT / "settings.ini")
+    flags = settings["DEFAULT"]["tst_flags"].split()
+    assert flags == ["slow", "gpu"]
+    assert run(project(*(f"#| {flag}\nraise RuntimeError" for flag in flags), "#| eval: false\nraise RuntimeError")).returncode == 0
