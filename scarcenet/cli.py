@@ -213,7 +213,7 @@ def ablate(config: Preset, out: Path, seeds: tuple[int, ...] = (0, 1, 2), resume
     table, columns = {}, ("student_AP", "teacher_AP", "student_PCK", "teacher_PCK")
     for method in dict.fromkeys(r["method"] for r in rows):
         mine = {c: np.array([float(r[c]) for r in rows if r["method"] == method]) for c in columns}
-        table[method] = {c: f"{v.mean():.3f} ± {v.std(ddof=1) if len(v) > 1 else np.nan:.3f}" for c, v in mine.items()} | {"seeds": len(mine["student_AP"])}
+        table[method] = {c: f"{v.mean():.3f}" + (f" ± {v.std(ddof=1):.3f}" if len(v) > 1 else "") for c, v in mine.items()} | {"seeds": len(mine["student_AP"])}
     print(format_table(table, (*columns, "seeds"), "test split"))
     print(f"rows: {out / 'ablation.csv'}")
 

@@ -141,6 +141,7 @@ class Batch(NamedTuple):
     weak: View | None = None    # the two that the agreement check compares; stage 1 has no use for them
     plain: View | None = None
 
+# %% ../nbs/05_data.ipynb #make-batch
 def make_batch(canvases: Canvases, labels: Labels, index: Tensor, schema: KeypointSchema, rng: Generator, p_half: float = 0.3,
                looks: bool = True) -> Batch:
     """Render the views of instances `index` (B,); `looks`: the weak and the plain one too. All draws come from `rng`, on the CPU."""

@@ -58,11 +58,12 @@ def _draw(xy: Tensor, weight: Tensor, view: Tensor, like: Tensor, rules: Config,
     weight = swap_sides(weight, mirrored(view), schema.swap)
     return encode(to_view(xy, view, schema.swap), weight, like.shape[-2:], rules.stride, rules.sigma, rules.rounded)
 
-# %% ../nbs/13_steps.ipynb #look
+# %% ../nbs/13_steps.ipynb #refine
 def refinement(rules: Config) -> Callable[[Tensor, Tensor], Tensor] | None:
     """How the labels that a network makes are decoded: between the pixels, or on them where they are drawn on them (the original)."""
     return None if rules.rounded else parabola_step
 
+# %% ../nbs/13_steps.ipynb #look
 @torch.no_grad()
 def _look(model: nn.Module, views: list[Tensor], live: bool) -> list[Tensor]:
     """The model's maps of several views. `live`: one by one with BN in train mode (the original); else at once, BN fixed."""

@@ -100,7 +100,7 @@ class Plan(NamedTuple):
     milestones: tuple[int, ...]
 
 # %% ../nbs/13_train.ipynb #loop
-def _epochs(config: Config, data: TrainingSet, labels: Callable[[], Labels], state: State, plan: Plan, learn: Callable, progress: bool) -> Iterator[Epoch]:
+def _epochs(config: Config, data: TrainingSet, labels: Labels, state: State, plan: Plan, learn: Callable, progress: bool) -> Iterator[Epoch]:
     device, stage = data.canvases.pixels.device, state.stage
     steps = -(-len(plan.index) * plan.repeat // plan.batch)
     bar = tqdm(total=plan.epochs * steps, initial=state.epoch * steps, desc=stage, disable=not progress, leave=False)
@@ -113,7 +113,7 @@ def _epochs(config: Config, data: TrainingSet, labels: Callable[[], Labels], sta
             rate = learning_rate(plan.lr, plan.milestones, state.epoch, (state.epoch + n / steps) / plan.epochs)
             for group in state.optimiser.param_groups:
                 group["lr"] = rate
-            batch = make_batch(data.canvases, labels(), part, data.schema, rng, config.half_body, looks=stage == "scarce")
+            batch = make_batch(data.canvases, labels, part, data.schema, rng, config.half_body, looks=stage == "scarce")
             values, seen = learn(config, data, state, batch)
             losses, state.step = losses + values, state.step + 1
             if seen is not None:
@@ -151,15 +151,11 @@ def fit(config: Config, data: TrainingSet, state: State | None = None, progress:
     if state.stage == "supervised":
         plan = Plan(1, labels.labelled.nonzero()[:, 0].cpu(), config.supervised_epochs, config.supervised_batch,
                     config.supervised_repeat, config.supervised_lr, config.supervised_milestones)
-        yield from _epochs(config, data, lambda: labels, state, plan, _learn_supervised, progress)
+        yield from _epochs(config, data, labels, state, plan, _learn_supervised, progress)
         if not config.epochs:
             return
         begin_scarce(config, data, state, progress)
     labelled, everyone = labels.labelled.nonzero()[:, 0].cpu(), torch.arange(len(labels.xy))
     plan = Plan(3, torch.cat((everyone, labelled.repeat(config.labelled_repeat - 1))), config.epochs, config.batch, 1, config.lr, config.milestones)
     joined = join_labels(labels, state.pseudo, config.drop)
-    for epoch in _epochs(config, data, lambda: joined, state, plan, _learn_scarce, progress):
-        if config.refresh and epoch.epoch % config.refresh == 0 and epoch.epoch < epoch.epochs:
-            state.pseudo = make_pseudo(config, data, state.teacher, epoch.epoch)
-            joined = join_labels(labels, state.pseudo, config.drop)
-        yield epoch
+    yield from _epochs(config, data, joined, state, plan, _learn_scarce, progress)

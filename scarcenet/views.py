@@ -50,8 +50,8 @@ def half_body(crop: Tensor, xy: Tensor, weight: Tensor, schema: KeypointSchema, 
     """Refit some crops (B, 3, 3) to the front or hind half of the animal; the others are returned as they were.
 
     `xy` (B, K, 2) in image px, `weight` (B, K) > 0 where a keypoint has a label. With probability `p`, and more
-    than 8 labelled keypoints: the front half with probability 0.69, else the hind half, and the other one where that
-    has not more than 2 of them; centre = mean of its keypoints, side = 1.5 x their extent. Draws on the CPU.
+    than 8 labelled keypoints: the front half with probability 0.69 if it has more than 2 of them, else the hind half
+    if that has; centre = mean of its keypoints, side = 1.5 x their extent. Draws on the CPU.
     """
     n, k = weight.shape
     chosen, front = torch.rand(n, generator=rng) < p, torch.rand(n, generator=rng) < 0.69
@@ -59,10 +59,10 @@ def half_body(crop: Tensor, xy: Tensor, weight: Tensor, schema: KeypointSchema, 
         return crop
     has, front = weight > 0, front.to(weight.device)
     upper = torch.tensor([i in schema.upper for i in range(k)], device=has.device)
-    front = (front & ((has & upper).sum(1) > 2)) | ((has & ~upper).sum(1) <= 2)
+    front = front & ((has & upper).sum(1) > 2)
     half = has & torch.where(front[:, None], upper, ~upper)                        # (B, K)
     centre, side = _around(xy, half)
-    fit = chosen.to(has.device) & (has.sum(1) > 8) & (side > 0)                    # of more than 8, one half has more than 2
+    fit = chosen.to(has.device) & (has.sum(1) > 8) & (half.sum(1) > 2) & (side > 0)
     side = torch.where(fit, 1.5 * side, 1.0)
     return torch.where(fit[:, None, None], similarity(centre, side, torch.zeros_like(side), size), crop)
 

@@ -166,19 +166,6 @@ def test_resumed_is_uninterrupted(config, material, whole, tmp_path, stop):
         assert (ours.record is None and theirs.record is None) or all(torch.equal(a, b) for a, b in zip(ours.record, theirs.record))
 
 
-def test_resumed_with_new_pseudo_labels(config, material, tmp_path):
-    """The same where the teacher makes the pseudo-labels anew after each epoch: those of the last are part of the state."""
-    config = replace(config, supervised_epochs=1, refresh=1)
-    *_, last = fit(config, material.data)
-    expected, run = snapshot(last.state), fit(config, material.data)
-    first = next(run) and next(run).state.pseudo.xy.clone()
-    state = next(run).state
-    assert not torch.equal(first, state.pseudo.xy)
-    save_checkpoint(tmp_path / "checkpoint.safetensors", state)
-    *_, last = fit(config, material.data, load_checkpoint(tmp_path / "checkpoint.safetensors", config, material.data))
-    assert_same(snapshot(last.state), expected)
-
-
 class PowerCut(Exception):
     pass
 
