@@ -128,7 +128,7 @@ ORIGINAL = Config(mirror_lean=3.0, agree_bias=0.5, mixed_sides=True, consistency
                   consistency_soft=False, centre_jitter=0.3)
 
 # two CPU cores, a few minutes: small views, a small network, one cycle of the learning rate
-DEMO = Config(network="tiny", size=96, sigma=1.5, supervised_epochs=21, supervised_repeat=32, supervised_batch=32, supervised_lr=4e-3,
+DEMO = Config(network="tiny", size=96, sigma=1.5, supervised_epochs=15, supervised_repeat=32, supervised_batch=32, supervised_lr=4e-3,
               supervised_milestones=(), views=2, drop=0.5, epochs=14, lr=4e-3, milestones=(), labelled_repeat=8, keep_epochs=7,
               ramp_epochs=5, consistency=1.0, ema=0.995)
 

@@ -8,6 +8,7 @@ __all__ = ['NETWORKS', 'build_network', 'pick_device', 'describe', 'State', 'sta
 
 # %% ../nbs/13_run.ipynb #imports
 import csv
+import ctypes
 import json
 import resource
 import sys

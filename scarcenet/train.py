@@ -20,7 +20,7 @@ from .config import Config
 from .data import Batch, TrainingSet, batches, make_batch, seeded
 from .heatmap import Keypoints
 from .pseudo import confidence_cut, locate, multi_views
-from .run import State, start
+from .run import State, keep_pages, start
 from .steps import scarce_step, supervised_step
 from .teacher import ema_decay, ema_update
 
@@ -147,6 +147,7 @@ def fit(config: Config, data: TrainingSet, state: State | None = None, progress:
 
     Every epoch has a random stream of its own, so that a run that was interrupted ends as it would have without.
     """
+    keep_pages()
     state, labels = state or start(config, data), data.labels
     if state.stage == "supervised":
         plan = Plan(1, labels.labelled.nonzero()[:, 0].cpu(), config.supervised_epochs, config.supervised_batch,

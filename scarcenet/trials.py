@@ -166,7 +166,7 @@ def write_summary(folder: Path, summary: dict) -> dict:
 def as_long(config: Config, labelled: int, instances: int) -> Config:
     """Supervised training with the same number of gradient steps as all stages of `config` together, on one schedule of its own."""
     steps = -(-labelled * config.supervised_repeat // config.supervised_batch)
-    more = config.epochs * -(-instances // config.batch)
+    more = config.epochs * -(-(instances + labelled * (config.labelled_repeat - 1)) // config.batch)
     return replace(config, supervised_epochs=config.supervised_epochs + -(-more // steps), epochs=0)
 
 # %% ../nbs/13_trials.ipynb #run-demo
