@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'build_network', 'pick_device', 'describe', 'State', 'start', 'save_checkpoint', 'load_checkpoint',
-           'open_run', 'read_config', 'write_rows', 'append_metrics', 'read_rows', 'write_pseudo', 'peak_rss_mb']
+           'open_run', 'read_config', 'write_rows', 'append_metrics', 'read_rows', 'write_pseudo', 'peak_rss_mb',
+           'keep_pages']
 
 # %% ../nbs/13_run.ipynb #imports
 import csv
@@ -193,3 +194,16 @@ def peak_rss_mb() -> float:
     """The most memory that this process or one of its children ever held, MiB."""
     unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10        # getrusage counts bytes on macOS, KiB elsewhere
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / unit
+
+# %% ../nbs/13_run.ipynb #pages
+def keep_pages() -> None:
+    """Let this process keep the memory that it frees, where its C library can be told to (glibc's mallopt, Linux).
+
+    A training step frees and takes the same large blocks; given back to the system each time, they have to be mapped and cleared anew.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)        # musl has none
+    if mallopt:
+        for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+            mallopt(option, value)

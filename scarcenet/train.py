@@ -21,7 +21,7 @@ from .data import Batch, TrainingSet, batches, make_batch, seeded
 from .heatmap import Keypoints
 from .pseudo import confidence_cut, locate, multi_views
 from .run import State, keep_pages, start
-from .steps import scarce_step, supervised_step
+from .steps import refinement, scarce_step, supervised_step
 from .teacher import ema_decay, ema_update
 
 # %% ../nbs/13_train.ipynb #state
@@ -131,7 +131,7 @@ def make_pseudo(config: Config, data: TrainingSet, model: nn.Module, epoch: int,
     """Stage 2: what the model sees of every instance in several views, in image px; `epoch` names the random stream of the views."""
     rng, size = seeded(config.seed, 2, epoch), data.canvases.size
     return locate(model, data.canvases, lambda crop: multi_views(crop, size, rng, config.views), data.schema.swap,
-                  lean=config.mirror_lean, progress="pseudo-labels" if progress else "")
+                  refine=refinement(config), lean=config.mirror_lean, progress="pseudo-labels" if progress else "")
 
 def begin_scarce(config: Config, data: TrainingSet, state: State, progress: bool = False) -> State:
     """From stage 1 to stage 3, by way of stage 2: pseudo-labels for every instance, a teacher like the student, a new optimiser."""

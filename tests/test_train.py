@@ -373,7 +373,7 @@ def test_eight_real_animals_are_learnt_by_heart(real_data):
     poses = poses.subset(np.flatnonzero(clear & large)[::40][:8])
     assert len(poses) == 8
     # of the defaults only the schedule is changed, and sigma, in proportion to maps of 16 px
-    config = Config(network="tiny", size=64, sigma=1.5, supervised_batch=16, supervised_repeat=20, supervised_epochs=90, supervised_lr=1.5e-2,
+    config = Config(network="tiny", size=64, sigma=1.5, supervised_batch=16, supervised_repeat=20, supervised_epochs=120, supervised_lr=1.5e-2,
                     supervised_milestones=(), epochs=0, device="cpu")
     assert config.half_body > 0
     labels = reveal(poses, np.ones(len(poses), bool))
