@@ -110,7 +110,7 @@ class Config:
     def __post_init__(self):
         """ValueError for a number that makes no sense, before anything is read or written."""
         counts = dict(split=1, seed=0, size=32, stride=1, supervised_epochs=0, supervised_repeat=1, supervised_batch=1, views=1,
-                      epochs=0, batch=1, keep_epochs=1, ramp_epochs=1, evaluate_every=1)
+                      epochs=0, batch=1, labelled_repeat=1, keep_epochs=1, ramp_epochs=1, evaluate_every=1)
         shares = ("half_body", "centre_jitter", "drop", "keep_floor", "ema")
         widths = ("supervised_lr", "lr", "truth_weight", "agree_px", "consistency")
         limits = {n: (low, float("inf")) for n, low in counts.items()} | dict.fromkeys(shares, (0, 1)) | dict.fromkeys(widths, (0, 1e6)) | {"sigma": (0.1, 1e6)}

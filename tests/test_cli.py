@@ -133,11 +133,11 @@ def test_ctrl_c_and_resume(home, tmp_path):
     argv = ["train", "original", "--data", str(home / "zoo"), "--out", str(tmp_path / "run"), *TINY, "--epochs", "40", "--evaluate-every", "40"]
     command = [sys.executable, "-c", "import sys; from scarcenet.cli import main; sys.exit(main())", *argv]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (tmp_path / "run" / "pseudo.json").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert err.strip() == f"scarcenet: interrupted; {tmp_path / 'run'}: go on with --resume"
     assert not (tmp_path / "run" / "summary.json").exists() and not list(tmp_path.rglob("*.part"))
