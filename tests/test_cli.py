@@ -131,7 +131,9 @@ def test_one_stage_at_a_time(home, tmp_path, capsys):
 def test_ctrl_c_and_resume(home, tmp_path):
     """Interrupted in the middle of stage 3: exit code 130 and a hint; with --resume it ends as it would have without."""
     argv = ["train", "original", "--data", str(home / "zoo"), "--out", str(tmp_path / "run"), *TINY, "--epochs", "40", "--evaluate-every", "40"]
-    command = [sys.executable, "-c", "import sys; from scarcenet.cli import main; sys.exit(main())", *argv]
+    # a shell that starts its jobs in the background has them ignore Ctrl-C, and their children too
+    awake = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command = [sys.executable, "-c", awake + "import sys; from scarcenet.cli import main; sys.exit(main())", *argv]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     while not (tmp_path / "run" / "pseudo.json").exists() and time.monotonic() < deadline and process.poll() is None:
