@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tyro
 
-from .config import PRESETS, Config
+from .config import PRESETS
 
 # %% ../nbs/17_cli.ipynb #helpers
 ABOUT = {"original": "what the published implementation computes, quirks included: HRNet-W32, days on a CPU, hours on a GPU",
