@@ -40,7 +40,7 @@ def rings(rng, period, level, wobble=.8, dorsal=False):
     return pattern
 
 def spots(rng, scale, level, hollow=False):
-    f = waves(rng, scale, 24, .12)
+    f = waves(rng, scale, 16, .12)
     def pattern(home, part):
         x = f(home[:, :3]) - level
         return smooth(x, .35) - hollow * .8 * smooth(x - .75, .35) * (part == TORSO)
@@ -102,4 +102,4 @@ def shade(rng, c: Coat, home, part, normal, sun) -> np.ndarray:
         normal = unit(normal + c.curl * bump * ((part <= NECK) | (part == LEG) & (home[:, 2] > .4))[:, None])
     fill, direct = rng.uniform(.4, .65), rng.uniform(.5, 1.1)
     light = fill * (.75 + .35 * normal[:, 2]) + direct * np.clip(.85 * (normal @ sun.astype(np.float32)) + .15, 0, 1)
-    return paint(c, waves(rng, .06, 20), home, part) * light[:, None]
+    return paint(c, waves(rng, .06), home, part) * light[:, None]

@@ -54,6 +54,10 @@ class Config:
     """epochs after which the rate falls to a tenth; empty: one cycle, up over the first fifth and down along a cosine"""
     half_body: float = 0.3
     """share of the crops that are refitted to half of the body"""
+    scale_factor: float = 0.5
+    """how far a strong view zooms: standard deviation of its factor"""
+    rotation_factor: float = 40.0
+    """how far a strong view is turned: standard deviation, degrees"""
     centre_jitter: float = 0.0
     """share of the boxes whose centre is moved once, when read, by up to a fifth of the box (the original's 0.3)"""
 
@@ -111,8 +115,8 @@ class Config:
         """ValueError for a number that makes no sense, before anything is read or written."""
         counts = dict(split=1, seed=0, size=32, stride=1, supervised_epochs=0, supervised_repeat=1, supervised_batch=1, views=1,
                       epochs=0, batch=1, labelled_repeat=1, keep_epochs=1, ramp_epochs=1, evaluate_every=1)
-        shares = ("half_body", "centre_jitter", "drop", "keep_floor", "ema")
-        widths = ("supervised_lr", "lr", "truth_weight", "agree_px", "consistency")
+        shares = ("half_body", "centre_jitter", "scale_factor", "drop", "keep_floor", "ema")
+        widths = ("supervised_lr", "lr", "rotation_factor", "truth_weight", "agree_px", "consistency")
         limits = {n: (low, float("inf")) for n, low in counts.items()} | dict.fromkeys(shares, (0, 1)) | dict.fromkeys(widths, (0, 1e6)) | {"sigma": (0.1, 1e6)}
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:          # nan fails, too
@@ -127,10 +131,11 @@ class Config:
 ORIGINAL = Config(mirror_lean=3.0, agree_bias=0.5, mixed_sides=True, consistency_confident=True, live_bn=True, rounded=True,
                   consistency_soft=False, centre_jitter=0.3)
 
-# two CPU cores, a few minutes: small views, a small network, one cycle of the learning rate
-DEMO = Config(network="tiny", size=96, sigma=1.5, supervised_epochs=15, supervised_repeat=32, supervised_batch=32, supervised_lr=4e-3,
-              supervised_milestones=(), views=2, drop=0.5, epochs=14, lr=4e-3, milestones=(), labelled_repeat=8, keep_epochs=7,
-              ramp_epochs=5, consistency=1.0, ema=0.995)
+# two CPU cores, a few minutes: small views, a small network that has seen ImageNet, gentle views, one cycle of the learning rate
+DEMO = Config(network="timm:tf_efficientnet_lite0", backbone="lite0", size=96, sigma=1.0, supervised_epochs=5, supervised_repeat=16,
+              supervised_batch=16, supervised_lr=3e-3, supervised_milestones=(), half_body=0.0, scale_factor=0.2, rotation_factor=15.0,
+              views=2, drop=0.5, epochs=5, batch=16, labelled_repeat=8, lr=3e-3, milestones=(), keep_epochs=3, ramp_epochs=2,
+              consistency=1.0, ema=0.99)
 
 # AP-10K's folder is named with --data; the paper starts from ImageNet: --backbone
 AP10K = {f"ap10k-{n}": Config(data="ap10k", labels=str(n)) for n in (5, 10, 15, 20, 25)}

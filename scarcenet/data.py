@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .affine import crop_affine, invert, warp
 from .coco import Instance, Labels
 from .schema import KeypointSchema
-from .views import STRONG, WEAK, cutout, half_body, photometric, sample_views
+from .views import STRONG, WEAK, Geometry, cutout, half_body, photometric, sample_views
 
 # %% ../nbs/05_data.ipynb #canvas
 REACH = 1.5     # a canvas shows this many times the side of the crop: what turned and zoomed-out views look at
@@ -143,14 +143,14 @@ class Batch(NamedTuple):
 
 # %% ../nbs/05_data.ipynb #make-batch
 def make_batch(canvases: Canvases, labels: Labels, index: Tensor, schema: KeypointSchema, rng: Generator, p_half: float = 0.3,
-               looks: bool = True) -> Batch:
+               strong: Geometry = STRONG, looks: bool = True) -> Batch:
     """Render the views of instances `index` (B,); `looks`: the weak and the plain one too. All draws come from `rng`, on the CPU."""
     size, index = canvases.size, index.to(canvases.pixels.device)
     xy, weight, labelled = (t[index] for t in labels)
     crop = half_body(canvases.crop[index], xy, weight, schema, size, rng, p_half)
-    strong = sample_views(crop, STRONG, size, rng)
-    loud = cutout(photometric(canvases.render(index, strong), rng), rng)
-    batch = Batch(View(normalise(loud), strong), xy, weight, labelled, index)
+    affine = sample_views(crop, strong, size, rng)
+    loud = cutout(photometric(canvases.render(index, affine), rng), rng)
+    batch = Batch(View(normalise(loud), affine), xy, weight, labelled, index)
     if not looks:
         return batch
     weak, plain = (View(normalise(canvases.render(index, a)), a) for a in (sample_views(crop, WEAK, size, rng), crop))

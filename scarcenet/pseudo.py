@@ -77,7 +77,7 @@ def look(canvases: Canvases, index: Tensor, views: Tensor, lean: float = 0.0) ->
 
 # %% ../nbs/08_pseudo.ipynb #locate
 @torch.no_grad()
-def locate(model: nn.Module, canvases: Canvases, make_views: Callable[[Tensor], Tensor], swap: list[int], batch: int = 64,
+def locate(model: nn.Module, canvases: Canvases, make_views: Callable[[Tensor], Tensor], swap: list[int], batch: int = 32,
            refine: Callable[[Tensor, Tensor], Tensor] | None = None, lean: float = 0.0, progress: str = "") -> Keypoints:
     """Keypoints of all N instances in image px (N, K, 2), with their scores (N, K), from the average of several views.
 

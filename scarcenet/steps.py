@@ -66,13 +66,12 @@ def refinement(rules: Config) -> Callable[[Tensor, Tensor], Tensor] | None:
 # %% ../nbs/13_steps.ipynb #look
 @torch.no_grad()
 def _look(model: nn.Module, views: list[Tensor], live: bool) -> list[Tensor]:
-    """The model's maps of several views. `live`: one by one with BN in train mode (the original); else at once, BN fixed."""
-    if live:
-        return [model(v) for v in views]
+    """The model's maps of several views. `live`: with BN in train mode (the original); else BN is fixed."""
     was_training = model.training
-    maps = model.eval()(torch.cat(views)).chunk(len(views))
+    model.train(live)
+    maps = [model(v) for v in views]
     model.train(was_training)
-    return list(maps)
+    return maps
 
 # %% ../nbs/13_steps.ipynb #scarce
 def scarce_step(student: nn.Module, teacher: nn.Module, batch: Batch, epoch: int, rules: Config, schema: KeypointSchema) -> Step:

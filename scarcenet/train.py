@@ -20,9 +20,10 @@ from .config import Config
 from .data import Batch, TrainingSet, batches, make_batch, seeded
 from .heatmap import Keypoints
 from .pseudo import confidence_cut, locate, multi_views
-from .run import State, keep_pages, start
+from .run import State, adam, keep_pages, start
 from .steps import refinement, scarce_step, supervised_step
 from .teacher import ema_decay, ema_update
+from .views import Geometry
 
 # %% ../nbs/13_train.ipynb #state
 class Record(NamedTuple):
@@ -101,7 +102,7 @@ class Plan(NamedTuple):
 
 # %% ../nbs/13_train.ipynb #loop
 def _epochs(config: Config, data: TrainingSet, labels: Labels, state: State, plan: Plan, learn: Callable, progress: bool) -> Iterator[Epoch]:
-    device, stage = data.canvases.pixels.device, state.stage
+    device, stage, strong = data.canvases.pixels.device, state.stage, Geometry(config.scale_factor, config.rotation_factor)
     steps = -(-len(plan.index) * plan.repeat // plan.batch)
     bar = tqdm(total=plan.epochs * steps, initial=state.epoch * steps, desc=stage, disable=not progress, leave=False)
     while state.epoch < plan.epochs:
@@ -113,7 +114,7 @@ def _epochs(config: Config, data: TrainingSet, labels: Labels, state: State, pla
             rate = learning_rate(plan.lr, plan.milestones, state.epoch, (state.epoch + n / steps) / plan.epochs)
             for group in state.optimiser.param_groups:
                 group["lr"] = rate
-            batch = make_batch(data.canvases, labels, part, data.schema, rng, config.half_body, looks=stage == "scarce")
+            batch = make_batch(data.canvases, labels, part, data.schema, rng, config.half_body, strong, looks=stage == "scarce")
             values, seen = learn(config, data, state, batch)
             losses, state.step = losses + values, state.step + 1
             if seen is not None:
@@ -137,7 +138,7 @@ def begin_scarce(config: Config, data: TrainingSet, state: State, progress: bool
     """From stage 1 to stage 3, by way of stage 2: pseudo-labels for every instance, a teacher like the student, a new optimiser."""
     state.pseudo = make_pseudo(config, data, state.student, 0, progress)
     state.teacher.load_state_dict(state.student.state_dict())
-    state.optimiser = torch.optim.Adam(state.student.parameters(), lr=config.lr)
+    state.optimiser = adam(state.student, config.lr)
     state.stage, state.epoch, state.step = "scarce", 0, 0
     return state
 

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'METHODS', 'Material', 'who_is_labelled', 'gather', 'predict', 'evaluate_network', 'audit', 'train_run',
-           'finish_run', 'write_summary', 'as_long', 'demo', 'ablate']
+           'finish_run', 'write_summary', 'as_long', 'demo', 'train_beside', 'ablate']
 
 # %% ../nbs/13_trials.ipynb #imports
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from .coco import Labels, PoseSet, find_split, read_coco
 from .config import Config
 from .data import Canvases, TrainingSet, load_canvases, seeded
 from .evaluate import evaluate_poses, label_quality
-from .files import write_json
+from .files import read_json, write_json
 from .heatmap import Keypoints, parabola_step, quarter_step
 from .labels import draw_labelled, labelled_families, read_id_list, reveal, with_bare
 from .pseudo import flip_views, locate
@@ -172,15 +174,33 @@ def as_long(config: Config, labelled: int, instances: int) -> Config:
 # %% ../nbs/13_trials.ipynb #run-demo
 def demo(config: Config, folder: Path, resume: bool = False, progress: bool = False) -> dict:
     """ScarceNet and the equally long supervised baseline from the same labelled pictures: one folder, one table."""
-    began = time.perf_counter()
+    began, threads = time.perf_counter(), torch.get_num_threads()
     open_run(folder, config, resume)
     material = gather(config, folder / "zoo", progress)
     longer = as_long(config, int(material.data.labels.labelled.sum()), len(material.train))
-    baseline = train_run(longer, open_run(folder / "baseline", longer, resume and (folder / "baseline").exists()), material, resume, progress)
-    summary = train_run(config, folder, material, resume, progress)
-    stage1 = summary.pop("supervised")
+    half = max(1, threads // 2)
+    # a process that is started afresh, not forked: one with threads of its own must not be
+    rival = get_context("spawn").Process(target=train_beside, args=(longer, folder / "baseline", folder / "zoo", resume, half), daemon=True)
+    rival.start()
+    try:
+        torch.set_num_threads(half)
+        summary = train_run(config, folder, material, resume, progress)
+        rival.join()
+    finally:
+        torch.set_num_threads(threads)
+        rival.terminate()                # does nothing to one that has ended; every file is written at once or not at all
+    if rival.exitcode:
+        raise RuntimeError(f"{folder / 'baseline'}: the supervised baseline was not finished; go on with --resume")
+    baseline = read_json(folder / "baseline" / "summary.json")
+    stage1, memory = summary.pop("supervised"), summary["peak_rss_mb"] + baseline["peak_rss_mb"]
     scores = {"stage 1": stage1, "supervised": baseline["supervised"], "student": summary.pop("student"), "teacher": summary.pop("teacher")}
-    return write_summary(folder, summary | {"seconds": round(time.perf_counter() - began, 1)} | scores)
+    return write_summary(folder, summary | {"seconds": round(time.perf_counter() - began, 1), "peak_rss_mb": memory} | scores)
+
+def train_beside(config: Config, folder: Path, zoo: Path, resume: bool, threads: int) -> None:
+    """`train_run` in a process of its own, with some of the cores; interruptions are left to the process that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    train_run(config, open_run(folder, config, resume and folder.exists()), gather(config, zoo), resume)
 
 # %% ../nbs/13_trials.ipynb #ablate
 # each method is ScarceNet with parts of it switched off

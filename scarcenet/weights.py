@@ -7,6 +7,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'public_state', 'save_weights', 'rea
            'TimmBackbone', 'timm_model', 'lite0_state', 'timm_net']
 
 # %% ../nbs/06b_weights.ipynb #weights-imports
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ class TimmBackbone(nn.Module):
 def timm_model(name: str, **options) -> nn.Module:
     """timm.create_model with its failures as one line: ValueError for an unknown network, or weights that cannot be fetched."""
     import timm
+    logging.getLogger("timm").setLevel(logging.ERROR)      # it warns of every classifier that a backbone has no use for
     try:
         return timm.create_model(name, **options)
     except Exception as error:   # timm and its hub fail in many ways, and all mean that there is no such backbone
