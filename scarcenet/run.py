@@ -5,16 +5,20 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'build_network', 'pick_device', 'describe', 'State', 'adam', 'start', 'save_checkpoint', 'load_checkpoint',
            'open_run', 'read_config', 'write_rows', 'append_metrics', 'read_rows', 'write_pseudo', 'peak_rss_mb',
-           'keep_pages']
+           'keep_pages', 'beside']
 
 # %% ../nbs/13_run.ipynb #imports
 import csv
 import ctypes
 import json
 import resource
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -121,10 +125,11 @@ def load_checkpoint(file: Path, config: Config, data: TrainingSet) -> State:
         raise ValueError(f"{file}: no checkpoint of this run ({' '.join(str(e).split())[:300]})") from None
     if parts["pseudo"] and len(parts["pseudo"]["xy"]) != len(data.canvases):
         raise ValueError(f"{file}: pseudo-labels of {len(parts['pseudo']['xy'])} instances, but the data set has {len(data.canvases)}")
-    memory = {}
+    memory, weights = {}, list(state.student.parameters())
     for name, value in parts["optimiser"].items():
         i, _, key = name.partition(".")
-        memory.setdefault(int(i), {})[key] = value
+        # a file does not keep the layout in memory, and the fused optimiser goes through weights and moments side by side
+        memory.setdefault(int(i), {})[key] = torch.empty_like(weights[int(i)]).copy_(value) if value.dim() else value
     state.optimiser.load_state_dict({**state.optimiser.state_dict(), "state": memory})
     state.pseudo = Keypoints(**parts["pseudo"]) if parts["pseudo"] else None
     return state
@@ -205,9 +210,41 @@ def keep_pages() -> None:
 
     A training step frees and takes the same large blocks; given back to the system each time, they have to be mapped and cleared anew.
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)        # musl has none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None        # musl has none
     if mallopt:
         for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
             mallopt(option, value)
+
+# %% ../nbs/13_run.ipynb #beside
+@contextmanager
+def beside(threads: int, work: Callable, *args) -> Iterator[Callable]:
+    """Run `work(*args)` in another process with so many threads; yields a function that waits for its result or raises its error."""
+    context = get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_alone, args=(send, threads, work, args), daemon=True)
+    process.start()
+    send.close()                        # so that the other's copy is the last one, and its end is noticed
+
+    def result():
+        try:
+            done, value = receive.recv()
+        except EOFError:
+            raise ChildProcessError(f"{work.__name__}: the process that ran it was ended from outside") from None
+        if not done:
+            raise value
+        return value
+
+    try:
+        yield result
+    finally:
+        process.terminate()
+        process.join()
+
+def _alone(send, threads: int, work: Callable, args: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    try:
+        answer = True, work(*args)
+    except Exception as error:          # to be raised in the other process
+        answer = False, error
+    send.send(answer)

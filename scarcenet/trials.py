@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'METHODS', 'Material', 'who_is_labelled', 'gather', 'predict', 'evaluate_network', 'audit', 'train_run',
-           'finish_run', 'write_summary', 'as_long', 'demo', 'train_beside', 'ablate']
+           'finish_run', 'write_summary', 'as_long', 'demo', 'train_files', 'ablate']
 
 # %% ../nbs/13_trials.ipynb #imports
-import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +26,7 @@ from .heatmap import Keypoints, parabola_step, quarter_step
 from .labels import draw_labelled, labelled_families, read_id_list, reveal, with_bare
 from .pseudo import flip_views, locate
 from .relabel import Decision
-from .run import (State, append_metrics, build_network, describe, load_checkpoint, open_run, peak_rss_mb, pick_device,
+from .run import (State, append_metrics, beside, build_network, describe, load_checkpoint, open_run, peak_rss_mb, pick_device,
                            read_rows, save_checkpoint, write_pseudo, write_rows)
 from .show import by_oks, curves, decisions, html_table, poses_grid, save_figure, write_page
 from .train import Record, begin_scarce, fit
@@ -179,28 +177,20 @@ def demo(config: Config, folder: Path, resume: bool = False, progress: bool = Fa
     material = gather(config, folder / "zoo", progress)
     longer = as_long(config, int(material.data.labels.labelled.sum()), len(material.train))
     half = max(1, threads // 2)
-    # a process that is started afresh, not forked: one with threads of its own must not be
-    rival = get_context("spawn").Process(target=train_beside, args=(longer, folder / "baseline", folder / "zoo", resume, half), daemon=True)
-    rival.start()
-    try:
+    with beside(half, train_files, longer, folder / "baseline", folder / "zoo", resume) as rival:
         torch.set_num_threads(half)
-        summary = train_run(config, folder, material, resume, progress)
-        rival.join()
-    finally:
-        torch.set_num_threads(threads)
-        rival.terminate()                # does nothing to one that has ended; every file is written at once or not at all
-    if rival.exitcode:
-        raise RuntimeError(f"{folder / 'baseline'}: the supervised baseline was not finished; go on with --resume")
-    baseline = read_json(folder / "baseline" / "summary.json")
+        try:
+            summary = train_run(config, folder, material, resume, progress)
+        finally:
+            torch.set_num_threads(threads)
+        baseline = rival()
     stage1, memory = summary.pop("supervised"), summary["peak_rss_mb"] + baseline["peak_rss_mb"]
     scores = {"stage 1": stage1, "supervised": baseline["supervised"], "student": summary.pop("student"), "teacher": summary.pop("teacher")}
     return write_summary(folder, summary | {"seconds": round(time.perf_counter() - began, 1), "peak_rss_mb": memory} | scores)
 
-def train_beside(config: Config, folder: Path, zoo: Path, resume: bool, threads: int) -> None:
-    """`train_run` in a process of its own, with some of the cores; interruptions are left to the process that started it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    train_run(config, open_run(folder, config, resume and folder.exists()), gather(config, zoo), resume)
+def train_files(config: Config, folder: Path, zoo: Path, resume: bool) -> dict:
+    """`train_run` from its files on, for a process of its own: nothing large has to travel between the two."""
+    return train_run(config, open_run(folder, config, resume and folder.exists()), gather(config, zoo), resume)
 
 # %% ../nbs/13_trials.ipynb #ablate
 # each method is ScarceNet with parts of it switched off

@@ -182,6 +182,14 @@ def test_demo(home, tmp_path, monkeypatch, capsys):
     for row in ("stage 1 ", "supervised, as many steps", "ScarceNet student", "ScarceNet teacher"):
         assert row in out
     assert f"page: {tmp_path / 'demo' / 'index.html'}" in out and (tmp_path / "demo" / "index.html").is_file()
+    # an error of the process that trains the baseline is this one's; what is finished is not trained again
+    (tmp_path / "demo" / "baseline" / "checkpoint.safetensors").write_bytes(b"torn")
+    scarcenet("demo", "--out", tmp_path / "demo", "--seed", 2, "--resume", code=1)
+    assert str(tmp_path / "demo" / "baseline" / "checkpoint.safetensors") in capsys.readouterr().err
+    (tmp_path / "demo" / "baseline" / "checkpoint.safetensors").unlink()
+    scarcenet("demo", "--out", tmp_path / "demo", "--seed", 2, "--resume")
+    table = lambda text: [line for line in text.splitlines() if line.startswith("|")]
+    assert table(capsys.readouterr().out) == table(out)
 
 
 def small(folder: Path, source: Path, count: int) -> Path:
