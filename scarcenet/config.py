@@ -111,6 +111,12 @@ class Config:
     evaluate_every: int = 10
     """epochs between two evaluations on the val split; the last epoch always"""
 
+    @property
+    def strong(self) -> "Geometry":
+        """How far a strong view may wander."""
+        from scarcenet.views import Geometry     # not above: it brings torch, and a command's --help must not wait for that
+        return Geometry(self.scale_factor, self.rotation_factor)
+
     def __post_init__(self):
         """ValueError for a number that makes no sense, before anything is read or written."""
         counts = dict(split=1, seed=0, size=32, stride=1, supervised_epochs=0, supervised_repeat=1, supervised_batch=1, views=1,

@@ -23,7 +23,6 @@ from .pseudo import confidence_cut, locate, multi_views
 from .run import State, adam, keep_pages, start
 from .steps import refinement, scarce_step, supervised_step
 from .teacher import ema_decay, ema_update
-from .views import Geometry
 
 # %% ../nbs/13_train.ipynb #state
 class Record(NamedTuple):
@@ -102,7 +101,7 @@ class Plan(NamedTuple):
 
 # %% ../nbs/13_train.ipynb #loop
 def _epochs(config: Config, data: TrainingSet, labels: Labels, state: State, plan: Plan, learn: Callable, progress: bool) -> Iterator[Epoch]:
-    device, stage, strong = data.canvases.pixels.device, state.stage, Geometry(config.scale_factor, config.rotation_factor)
+    device, stage = data.canvases.pixels.device, state.stage
     steps = -(-len(plan.index) * plan.repeat // plan.batch)
     bar = tqdm(total=plan.epochs * steps, initial=state.epoch * steps, desc=stage, disable=not progress, leave=False)
     while state.epoch < plan.epochs:
@@ -114,7 +113,7 @@ def _epochs(config: Config, data: TrainingSet, labels: Labels, state: State, pla
             rate = learning_rate(plan.lr, plan.milestones, state.epoch, (state.epoch + n / steps) / plan.epochs)
             for group in state.optimiser.param_groups:
                 group["lr"] = rate
-            batch = make_batch(data.canvases, labels, part, data.schema, rng, config.half_body, strong, looks=stage == "scarce")
+            batch = make_batch(data.canvases, labels, part, data.schema, rng, config.half_body, config.strong, looks=stage == "scarce")
             values, seen = learn(config, data, state, batch)
             losses, state.step = losses + values, state.step + 1
             if seen is not None:
