@@ -198,20 +198,21 @@ def pseudo(run: tyro.conf.Positional[Path], out: Path, config: str = "", data: P
     print(f"{len(poses)} instances, {found.score.numel()} keypoints, {1 - settings.drop:.0%} above the cut: {out}")
 
 # %% ../nbs/17_cli.ipynb #ablate
-def ablate(config: Preset, out: Path, seeds: tuple[int, ...] = (0, 1, 2), resume: Resume = False) -> None:
+def ablate(config: Preset, out: Path, seeds: tuple[int, ...] = (0, 1, 2), differences: bool = False, resume: Resume = False) -> None:
     """Train the supervised baseline and ScarceNet with one part after the other, for several seeds; print mean ± deviation on the test split.
 
     Args:
         out: folder for ablation.csv and the stage 1 of each seed; must be new, or empty
         seeds: each draws its own labelled pictures; replaces --seed
+        differences: instead of the parts, the choices in which the original differs, one at a time
         resume: keep the rows that are there already, and go on
     """
     import numpy as np
     from scarcenet.evaluate import format_table
     from scarcenet.run import open_run
-    from scarcenet.trials import ablate as run_ablation
+    from scarcenet.ablation import DIFFERENCES, METHODS, ablate as run_ablation
     with resumable(open_run(out, config, resume)):
-        rows = list(run_ablation(config, out, seeds, progress=watched()))
+        rows = list(run_ablation(config, out, seeds, DIFFERENCES if differences else METHODS, progress=watched()))
     table, columns = {}, ("student_AP", "teacher_AP", "student_PCK", "teacher_PCK")
     for method in dict.fromkeys(r["method"] for r in rows):
         mine = {c: np.array([float(r[c]) for r in rows if r["method"] == method]) for c in columns}

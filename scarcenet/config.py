@@ -110,6 +110,8 @@ class Config:
     # both
     evaluate_every: int = 10
     """epochs between two evaluations on the val split; the last epoch always"""
+    ledger: bool = True
+    """keep what became of every keypoint in every epoch of stage 3, at most 40 bytes each"""
 
     @property
     def strong(self) -> "Geometry":
@@ -140,7 +142,7 @@ ORIGINAL = Config(mirror_lean=3.0, agree_bias=0.5, mixed_sides=True, consistency
 # two CPU cores, a few minutes: small views, a small network that has seen ImageNet, gentle views, one cycle of the learning rate
 DEMO = Config(network="timm:tf_efficientnet_lite0", backbone="lite0", size=96, sigma=1.0, supervised_epochs=5, supervised_repeat=16,
               supervised_batch=16, supervised_lr=3e-3, supervised_milestones=(), half_body=0.0, scale_factor=0.2, rotation_factor=15.0,
-              views=2, drop=0.5, epochs=5, batch=16, labelled_repeat=8, lr=3e-3, milestones=(), keep_epochs=3, ramp_epochs=2,
+              views=2, drop=0.5, epochs=5, batch=16, labelled_repeat=8, lr=2e-3, milestones=(), keep_epochs=3, ramp_epochs=2,
               consistency=1.0, ema=0.99)
 
 # AP-10K's folder is named with --data; the paper starts from ImageNet: --backbone

@@ -18,7 +18,7 @@ from .config import Config
 from .data import Batch
 from .heatmap import decode, encode, heatmap_loss, keypoint_loss, parabola_step
 from .pseudo import carry_maps
-from .relabel import Decision, agreement_distance, decide, loss_weight, relabel
+from .relabel import Decision, agreement_distance, agreement_offset, decide, loss_weight, relabel
 from .schema import KeypointSchema
 from .small_loss import keep_rate, select_small_loss
 from .teacher import ramp
@@ -37,10 +37,12 @@ class Step(NamedTuple):
     target: Tensor             # maps of the labels, those that were replaced included
     weight: Tensor             # (B, K), order of sides of the strong view
     decision: Tensor           # (B, K) Decision
-    label_loss: Tensor         # (B, K) loss against the label before anything is replaced
+    label_loss: Tensor         # (B, K) loss against the label before anything is replaced, also if it was cut; nan if it lies outside of the strong view
     reliable: Tensor           # (B, K) small loss
-    distance: Tensor           # (B, K) agreement distance, heatmap px
+    offset: Tensor             # (B, K, 2) from the student's answer on the weak view to the one on the plain view, heatmap px of the weak view
+    distance: Tensor           # (B, K) its length, bias included, heatmap px
     target_xy: Tensor          # (B, K, 2) the label, or what replaced it
+    weak_xy: Tensor            # (B, K, 2) the student's answer on the weak view
     student_xy: Tensor         # (B, K, 2) the student's answer on the plain view
     teacher_xy: Tensor         # (B, K, 2) the teacher's
     teacher_target: Tensor     # maps of the teacher's answer
@@ -82,20 +84,22 @@ def scarce_step(student: nn.Module, teacher: nn.Module, batch: Batch, epoch: int
     draw = partial(_draw, view=strong.affine, like=prediction, rules=rules, schema=schema)
 
     # 1. which labels does the student find easy?
-    maps, weight = draw(batch.xy, batch.weight)
-    label_loss = keypoint_loss(prediction.detach(), maps, weight)
-    reliable = select_small_loss(label_loss, weight > 0, keep_rate(epoch, rules.keep_epochs, rules.keep_floor))
-    reliable, label_loss = swap_sides(reliable, flipped, swap), swap_sides(label_loss, flipped, swap)
+    has_label, labelled = batch.weight > 0, batch.labelled[:, None]
+    maps, inside = draw(batch.xy, torch.ones_like(batch.weight))                     # labels that were cut, too: the loss is kept for later questions
+    label_loss = swap_sides(keypoint_loss(prediction.detach(), maps, inside), flipped, swap)
+    comparable = swap_sides(inside > 0, flipped, swap) & (has_label | ~labelled)
+    reliable = select_small_loss(label_loss, comparable & has_label, keep_rate(epoch, rules.keep_epochs, rules.keep_floor))
+    label_loss = torch.where(comparable, label_loss, torch.nan)
 
     # 2. does it agree with itself?
     seen_weak, seen_plain = (decode(m, rules.stride, refinement(rules)).xy for m in _look(student, [weak.pictures, plain.pictures], rules.live_bn))
-    distance = agreement_distance(seen_weak, seen_plain, weak.affine, plain.affine, swap, rules.stride, rules.agree_bias)
-    # the distances are in the weak view's order; the original takes them for the strong view's
-    distance = swap_sides(distance, flipped if rules.mixed_sides else mirrored(weak.affine), swap)
-    student_xy = from_view(seen_plain, plain.affine, swap)
+    offset = agreement_offset(seen_weak, seen_plain, weak.affine, plain.affine, swap, rules.stride)
+    # the offsets are in the weak view's order; the original takes them for the strong view's
+    offset = swap_sides(offset, flipped if rules.mixed_sides else mirrored(weak.affine), swap)
+    distance = agreement_distance(offset, rules.agree_bias)
+    weak_xy, student_xy = from_view(seen_weak, weak.affine, swap), from_view(seen_plain, plain.affine, swap)
 
     # 3. decide, and replace what may be replaced
-    has_label = batch.weight > 0
     consistent = has_label if rules.consistency_confident else torch.ones_like(has_label)
     decision = decide(batch.labelled, has_label, reliable, distance < rules.agree_px, consistent)
     target_xy = relabel(batch.xy, student_xy, decision)
@@ -111,4 +115,4 @@ def scarce_step(student: nn.Module, teacher: nn.Module, batch: Batch, epoch: int
         teacher_target = carry_maps(teacher_maps, plain.affine, strong.affine, swap, rules.size)
     consistency = ramp(epoch, rules.consistency, rules.ramp_epochs) * heatmap_loss(prediction, teacher_target, teacher_weight)
     return Step(supervised + consistency, supervised, consistency, prediction.detach(), target, weight, decision, label_loss,
-                reliable, distance, target_xy, student_xy, teacher_xy, teacher_target, teacher_weight)
+                reliable, offset, distance, target_xy, weak_xy, student_xy, teacher_xy, teacher_target, teacher_weight)

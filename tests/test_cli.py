@@ -84,7 +84,7 @@ def test_zoo_and_check(home, tmp_path, capsys):
 
 def test_train_writes_a_whole_run(home, capsys):
     run = home / "run"
-    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.csv", "summary.json", "index.html", "pictures", "pseudo.json",
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.csv", "summary.json", "index.html", "pictures", "ledger", "pseudo.json",
                                                "checkpoint.safetensors", *(f"{w}.safetensors" for w in WEIGHTS)}
     scarcenet("train", "original", "--data", home / "zoo", "--out", run, *TINY, "--resume")     # finished: evaluates, prints
     out = capsys.readouterr().out
