@@ -24,7 +24,7 @@ from .files import read_json, write_json
 from .heatmap import Keypoints, parabola_step, quarter_step
 from .labels import draw_labelled, labelled_families, read_id_list, reveal, with_bare
 from .pseudo import flip_views, locate
-from .record import Record, by_instance, open_ledger, write_epoch
+from .record import Record, by_instance, open_ledger, write_epoch, write_labels
 from .relabel import Decision
 from .run import (State, append_metrics, beside, build_network, describe, load_checkpoint, open_run, peak_rss_mb, pick_device,
                            read_rows, save_checkpoint, write_pseudo)
@@ -105,6 +105,7 @@ def train_run(config: Config, folder: Path, material: Material, resume: bool = F
     """Train all stages of `config` in `folder`; returns summary.json's content. Interrupted, it goes on with `resume`."""
     began, checkpoint = time.perf_counter(), folder / "checkpoint.safetensors"
     state = load_checkpoint(checkpoint, config, material.data) if resume and checkpoint.is_file() else None
+    ledger = open_ledger(folder / "ledger", material.train, material.data.labels.labelled) if config.ledger and config.epochs else None
     for epoch in fit(config, material.data, state, progress):
         state, last = epoch.state, epoch.epoch == epoch.epochs
         row = {k: v for k, v in epoch._asdict().items() if k not in ("state", "record")} | audit(material.train, epoch.record)
@@ -116,12 +117,12 @@ def train_run(config: Config, folder: Path, material: Material, resume: bool = F
         append_metrics(folder / "metrics.csv", row)
         if epoch.stage == "supervised" and last:
             save_weights(state.student, folder / "supervised.safetensors")
-        if epoch.stage == "scarce":
+        if epoch.stage == "scarce" and epoch.epoch == 1:
+            write_pseudo(folder / "pseudo.json", material.train, state.pseudo, config.drop)
+        if ledger and epoch.stage == "scarce":
             if epoch.epoch == 1:
-                write_pseudo(folder / "pseudo.json", material.train, state.pseudo, config.drop)
-            if config.ledger:
-                ledger = open_ledger(folder / "ledger", material.train, join_labels(material.data.labels, state.pseudo, config.drop), state.pseudo)
-                write_epoch(ledger, epoch.epoch, epoch.record)
+                write_labels(ledger, material.train.schema.names, join_labels(material.data.labels, state.pseudo, config.drop), state.pseudo)
+            write_epoch(ledger, epoch.epoch, epoch.record)
         save_checkpoint(checkpoint, state)
     return finish_run(config, folder, material, state, time.perf_counter() - began)
 
