@@ -19,7 +19,7 @@ class Config:
     split: int = 1
     """which of AP-10K's three splits"""
     labels: str = "5"
-    """labelled pictures per category, or a JSON file with a list of picture ids"""
+    """labelled pictures per category, or a JSON file: a list of picture ids, or COCO keypoints of those that are labelled"""
     families: tuple[str, ...] = ()
     """transfer setting: every picture of these families is labelled and no other; replaces `labels`"""
     seed: int = 0
