@@ -164,6 +164,40 @@ def test_resumed_is_uninterrupted(home, tmp_path, monkeypatch, capsys):
         assert (tmp_path / "run" / f"{who}.safetensors").read_bytes() == (home / "run" / f"{who}.safetensors").read_bytes()
 
 
+def test_explain(home, tmp_path, capsys):
+    scarcenet("explain", home / "run", "--instance", 2, "--keypoint", "neck", "--epoch", 1, "--picture", tmp_path / "neck.png")
+    out = capsys.readouterr().out
+    assert "instance 2" in out and "neck, epoch 1 of 2" in out and "epochs: 1:" in out
+    assert (tmp_path / "neck.png").read_bytes()[:4] == b"\x89PNG"
+    scarcenet("explain", home / "run", "--instance", 2, "--keypoint", 3)                 # by number, in the last epoch
+    assert "neck, epoch 2 of 2" in capsys.readouterr().out
+
+
+def test_report(home, tmp_path, capsys):
+    scarcenet("report", home / "run", "--out", tmp_path / "r.html", "--animals", 6)
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "MB: " in capsys.readouterr().out and text.count("data:image/jpeg") == 6 and "</html>" in text and len(text) < 15e6
+
+
+def test_labels_go_to_a_tool_and_come_back(home, tmp_path, capsys):
+    """What is accepted, corrected by a person, is what the next run learns from."""
+    scarcenet("accepted", home / "run", "--out", tmp_path / "labels.json", "--epoch", 2)
+    content, poses = read_json(tmp_path / "labels.json"), read_coco(*find_split(home / "zoo", "train"))
+    assert len(content["annotations"]) == len(poses)
+    first = content["annotations"][0]
+    assert len(first["keypoint_scores"]) == len(first["keypoint_decisions"]) == 17
+    assert all((d in ("truth", "reliable", "reusable")) == (v > 0) for a in content["annotations"] for d, v in zip(a["keypoint_decisions"], a["keypoints"][2::3]))
+    chosen = [a for a in content["annotations"] if a["num_keypoints"]][:3]
+    for a in chosen:
+        a["keypoints"][:3] = [31.0, 17.5, 2]                                            # the person moves the left eye
+        a["id"] += 5000                                                                  # and the tool numbers anew
+    write_json(tmp_path / "corrected.json", content | {"annotations": chosen})
+    scarcenet("train", "original", "--data", home / "zoo", "--out", tmp_path / "next", *TINY, "--labels", tmp_path / "corrected.json", "--epochs", 1)
+    from scarcenet.ledger import open_run_ledger
+    ledger = open_run_ledger(tmp_path / "next")
+    assert int(ledger.labelled.sum()) == 3 and (ledger.label_xy[ledger.labelled][:, 0] == np.float32([31.0, 17.5])).all()
+
+
 def test_ablate(home, tmp_path, capsys):
     argv = ["ablate", "original", "--data", home / "zoo", "--out", tmp_path / "a", *TINY, "--epochs", 1, "--seeds", 3]
     scarcenet(*argv)

@@ -227,6 +227,39 @@ def test_nothing_can_be_written(place, capsys):
     refused(capsys, ["ablate", "original", "--out", "file/run"], "file")
 
 
+def test_questions_to_a_ledger(place, capsys):
+    """A run without one, a torn file, an epoch, an instance and a keypoint that are not there; nothing is written."""
+    refused(capsys, ["explain", "nowhere", "--instance", "0", "--keypoint", "nose"], "nowhere")
+    refused(capsys, ["explain", "run", "--instance", "999", "--keypoint", "nose"], "no instance 999")
+    refused(capsys, ["explain", "run", "--instance", "0", "--keypoint", "trunk"], "no keypoint 'trunk'", "nose")
+    refused(capsys, ["explain", "run", "--instance", "0", "--keypoint", "nose", "--epoch", "77"], "epoch 77 is not on record")
+    refused(capsys, ["accepted", "run", "--out", str(TRAIN)], TRAIN, "already there")
+    shutil.copytree("run", "torn")
+    file = sorted(Path("torn/ledger").glob("epoch-*"))[-1]
+    file.write_bytes(file.read_bytes()[:40])
+    refused(capsys, ["explain", "torn", "--instance", "0", "--keypoint", "nose"], file.name, "cut short")
+    refused(capsys, ["report", "torn", "--out", "torn.html"], file.name, "cut short")
+    assert not Path("torn.html").exists()
+    shutil.rmtree("torn/ledger")
+    refused(capsys, ["report", "torn", "--out", "torn.html"], "torn/ledger", "no ledger there")
+
+
+def test_corrected_labels_of_others(place, capsys):
+    content = json.loads(Path(TRAIN).read_text())
+    odd = dict(content, annotations=[dict(content["annotations"][0], bbox=[0, 0, 3, 3], id=99999)])
+    Path("odd.json").write_text(json.dumps(odd))
+    refused(capsys, train("--labels", "odd.json"), "odd.json", "annotation 99999", "no such animal")
+    twice = dict(content, annotations=[content["annotations"][0], dict(content["annotations"][0], id=99999)])
+    Path("twice.json").write_text(json.dumps(twice))
+    refused(capsys, train("--labels", "twice.json"), "twice.json", "annotation 99999", "of the same animal")
+    other = json.loads(json.dumps(content))
+    for category in other["categories"]:
+        category["keypoints"] = [n + "_x" for n in category["keypoints"]]
+        category.pop("flip_pairs", None)
+    Path("other.json").write_text(json.dumps(other))
+    refused(capsys, train("--labels", "other.json"), "other.json", "keypoints are not")
+
+
 def test_no_file_is_overwritten(place, capsys):
     refused(capsys, ["pseudo", "run", "--out", str(TRAIN)], TRAIN, "already there")
     refused(capsys, ["eval", "run", "--json", str(TRAIN)], TRAIN, "already there")

@@ -96,22 +96,20 @@ def test_small_loss(step, golden):
 
 def test_supervised_term(step, golden):
     ours = step()
-    assert (ours.weight != golden["sup_weight"]).float().mean() <= SLACK
-    counted = golden["sup_weight"] > 0
-    assert (other_maps(ours.target, golden["sup_target"]) & counted).float().mean() <= SLACK
-    assert ours.supervised.item() == pytest.approx(float(golden["sup_loss"]), rel=0.02)
+    differ = (ours.weight != golden["sup_weight"]) | other_maps(ours.target, golden["sup_target"]) & (golden["sup_weight"] > 0)
+    assert differ.float().mean() <= SLACK
+    assert ours.supervised.item() == pytest.approx(float(golden["sup_loss"]), rel=0.02 if differ.any() else 1e-4)
     exactly = heatmap_loss(ours.prediction, golden["sup_target"], golden["sup_weight"])
-    assert float(exactly) == pytest.approx(float(golden["sup_loss"]), rel=2e-3)
+    assert float(exactly) == pytest.approx(float(golden["sup_loss"]), rel=1e-4)
 
 
 def test_consistency_term(step, golden):
     ours, weight = step(), ramp(int(golden["epoch"]), float(golden["consistency_weight"]))
-    assert (ours.teacher_weight != golden["con_weight"]).float().mean() <= SLACK
-    counted = golden["con_weight"] > 0
-    assert (other_maps(ours.teacher_target, golden["con_target"]) & counted).float().mean() <= SLACK
-    assert ours.consistency.item() == pytest.approx(weight * float(golden["con_loss"]), rel=0.02)
+    differ = (ours.teacher_weight != golden["con_weight"]) | other_maps(ours.teacher_target, golden["con_target"]) & (golden["con_weight"] > 0)
+    assert differ.float().mean() <= SLACK
+    assert ours.consistency.item() == pytest.approx(weight * float(golden["con_loss"]), rel=0.02 if differ.any() else 1e-4)
     exactly = heatmap_loss(ours.prediction, golden["con_target"], golden["con_weight"])
-    assert float(exactly) == pytest.approx(float(golden["con_loss"]), rel=2e-3)
+    assert float(exactly) == pytest.approx(float(golden["con_loss"]), rel=1e-4)
     assert ours.loss.item() == pytest.approx((ours.supervised + ours.consistency).item(), rel=1e-6)
 
 
