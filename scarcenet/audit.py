@@ -116,7 +116,8 @@ def draw_flow(frame: pd.DataFrame, most: int = 6) -> Figure:
 def what_if(ledger: Ledger, poses: PoseSet, epoch: int, rule: str, values: Sequence[float]) -> pd.DataFrame:
     """For each value of a rule of `redecide` (keep, agree_px, drop, agree_bias) and each decision about unlabelled keypoints:
 
-    `coverage`, their share of the annotated ones, and `precision`, the share of right targets; one step of that epoch, not a retraining.
+    `coverage`, their share of the annotated ones, `precision`, the share of right targets, and `pck`, that of right answers of the student.
+    One step of that epoch, not a retraining.
     """
     whole, rows = ledger.record(epoch), []
     right = {who: hits(poses, xy.numpy()) for who, xy in (("label", ledger.label_xy), ("student", by_instance(whole).student_xy))}
@@ -126,7 +127,8 @@ def what_if(ledger: Ledger, poses: PoseSet, epoch: int, rule: str, values: Seque
         target_right = np.where(decision == Decision.REUSABLE, right["student"], right["label"])
         for kind in (Decision.RELIABLE, Decision.REUSABLE, Decision.CONSISTENCY):
             chosen = judged & (decision == kind)
-            rows.append({rule: value, "decision": kind.name.lower(), "coverage": chosen.sum() / judged.sum(), "precision": target_right[chosen].mean() if chosen.any() else np.nan})
+            share = lambda right: right[chosen].mean() if chosen.any() else np.nan
+            rows.append({rule: value, "decision": kind.name.lower(), "coverage": chosen.sum() / judged.sum(), "precision": share(target_right), "pck": share(right["student"])})
     return pd.DataFrame(rows)
 
 def draw_what_if(tables: Sequence[pd.DataFrame], stands: Sequence[float]) -> Figure:

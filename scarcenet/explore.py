@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRONT', 'pack', 'crop_picture', 'bundle', 'side_names', 'counts', 'Explorer', 'explore', 'pick', 'everything',
-           'embedded', 'report']
+           'embedded', 'worst_cases', 'report']
 
 # %% ../nbs/15_explore.ipynb #imports
 import base64
@@ -18,6 +18,7 @@ from pathlib import Path
 import anywidget
 import cv2
 import numpy as np
+import pandas as pd
 import torch
 import traitlets
 from matplotlib.figure import Figure
@@ -155,6 +156,15 @@ def embedded(figure: Figure, title: str) -> str:
     figure.savefig(out, format="png")
     return f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
 
+def worst_cases(ledger: Ledger, judged: pd.DataFrame, poses: PoseSet, most: int = 20) -> str:
+    """The believed mistakes of `judge`'s table with the highest confidence, as an HTML table."""
+    wrong = judged[fates(judged) == "believed"].nlargest(most, "score")
+    truth = poses.truth.xy[wrong["instance"], wrong["keypoint"]]
+    far = np.linalg.norm(wrong[["target_x", "target_y"]].to_numpy() - truth, axis=1) / poses.column("box")[wrong["instance"], 2:].max(1)
+    rows = {f"{r['file']}, {r['name']}": dict(instance=int(r["instance"]), category=r["category"], decision=r["decision"], confidence=float(r["score"]), distance=float(d))
+            for (_, r), d in zip(wrong.iterrows(), far)}
+    return html_table(rows, ("instance", "category", "decision", "confidence", "distance"), "keypoint")
+
 def report(run: Path, most: int = 60, seed: int = 0) -> str:
     """One HTML page about a run of stage 3, with everything in it: the explorer, the curves, the audit against held-back truth, and the worst cases."""
     run, ledger = Path(run), open_run_ledger(run)
@@ -172,7 +182,8 @@ def report(run: Path, most: int = 60, seed: int = 0) -> str:
         parts |= {"What became of each label": embedded(draw_fates(judged), "fates of the labels"),
                   "From class to class": embedded(draw_flow(judged), "flow between decisions"),
                   "Other thresholds, one step of the last epoch": embedded(draw_what_if([what_if(ledger, poses, end, r, v) for r, v in sweeps.items()], list(now.values())), "what if"),
-                  "Audit of the last epoch": "".join(html_table({str(i): row for i, row in t.astype(object).to_dict("index").items()}, ("count", "coverage", "precision", "pck"), by) for by, t in tables.items())}
+                  "Audit of the last epoch": "".join(html_table({str(i): row for i, row in t.astype(object).to_dict("index").items()}, ("count", "coverage", "precision", "pck"), by) + "<br>" for by, t in tables.items()),
+                  "Worst cases": '<p class="note">Wrong targets in use at the last epoch, the most trusted first; the distance is a share of the box. These animals come first in the explorer.</p>' + worst_cases(ledger, last, poses)}
     if (run / "metrics.csv").is_file():
         parts["Curves"] = embedded(curves(read_rows(run / "metrics.csv")), "curves")
     body = "".join(f"<h2>{escape(title)}</h2>{content}" for title, content in parts.items())
