@@ -212,7 +212,7 @@ def keep_pages() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None        # musl has none
     if mallopt:
-        for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+        for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 24)):    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
             mallopt(option, value)
 
 # %% ../nbs/13_run.ipynb #beside

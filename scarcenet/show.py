@@ -156,7 +156,8 @@ def write_page(folder: Path, tables: dict[str, str]) -> Path:
               for name, (title, note) in PICTURES.items() if (folder / "pictures" / f"{name}.png").is_file()]
     text = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>ScarceNet run {escape(folder.name)}</title>
 <style>{STYLE}</style><h1>ScarceNet run <i>{escape(folder.name)}</i></h1><p class="note">{escape(facts)}</p>{"".join(parts)}
-<p class="note">Everything in numbers: config.json, metrics.csv, summary.json, pseudo.json.</p></html>"""
+<p class="note">Everything in numbers: config.json, metrics.csv, summary.json, pseudo.json and the folder ledger.
+<code>scarcenet report</code> makes a page of it, to look around in: every decision, and other thresholds.</p></html>"""
     with atomic(folder / "index.html") as part:
         part.write_text(text, encoding="utf-8")
     return folder / "index.html"

@@ -59,7 +59,7 @@ def known_labels(config: Config, poses: PoseSet) -> Labels:
 
 # %% ../nbs/13_trials.ipynb #gather
 def gather(config: Config, zoo: Path, progress: bool = False) -> Material:
-    """Read a set's splits, draw the labelled instances and decode all pictures. `zoo`: where the embedded set is written."""
+    """Read a set's splits, draw the labelled instances and decode the pictures: all, or without stage 3 only theirs. `zoo`: where the embedded set is written."""
     device = pick_device(config.device)
     root = write_zoo(zoo) if config.data == "zoo" else Path(config.data)
     train, val, test = (read_coco(*find_split(root, name, config.split)) for name in ("train", "val", "test"))
@@ -75,8 +75,9 @@ def gather(config: Config, zoo: Path, progress: bool = False) -> Material:
         rng = seeded(config.seed, 0)
         chosen = torch.rand(len(train), 1, generator=rng) < config.centre_jitter
         jitter = chosen * 0.2 * (2 * torch.rand(len(train), 2, generator=rng) - 1)
-    data = TrainingSet(train.schema, load_canvases(train.instances, config.size, jitter, progress).to(device),
-                       Labels(*(torch.as_tensor(t, device=device) for t in labels)))
+    seen = np.flatnonzero(labels.labelled | (config.epochs > 0))            # stage 1 looks at no other picture
+    data = TrainingSet(train.schema, load_canvases([train.instances[i] for i in seen], config.size, None if jitter is None else jitter[seen], progress).to(device),
+                       Labels(*(torch.as_tensor(t[seen], device=device) for t in labels)))
     others = {n: load_canvases(p.instances, config.size, progress=progress).to(device) for n, p in (("val", val), ("test", test))}
     return Material(train, val, test, data, others)
 
