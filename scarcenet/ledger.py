@@ -168,7 +168,7 @@ def explain(ledger: Ledger, instance: int, keypoint: str | int, epoch: int) -> s
     return "\n".join(lines)
 
 # %% ../nbs/14_ledger.ipynb #draw
-SAID = {"label": ("x", "#333333"), "weak": ("v", "#56B4E9"), "student": ("^", "#56B4E9"), "teacher": ("D", "#D55E00")}     # who said where it is
+SAID = {"label": ("X", "#333333"), "weak": ("v", "#56B4E9"), "student": ("^", "#56B4E9"), "teacher": ("D", "#D55E00")}     # who said where it is
 
 def draw_explained(ledger: Ledger, picture: np.ndarray, instance: int, keypoint: str | int, epoch: int, truth: np.ndarray | None = None) -> Figure:
     """One keypoint: what was said about it in an epoch, on its `picture` (h, w, 3), and its decisions over all epochs.
@@ -184,7 +184,7 @@ def draw_explained(ledger: Ledger, picture: np.ndarray, instance: int, keypoint:
     ax.imshow(picture)
     ax.scatter(row["target_x"], row["target_y"], s=190, facecolors="none", edgecolors=colours[row["decision"]], linewidths=2.5, label=f"target: {row['decision']}")
     for who, (marker, colour) in SAID.items():
-        ax.scatter(row[f"{who}_x"], row[f"{who}_y"], s=42, marker=marker, color=colour, linewidths=1.5, edgecolors=None if marker == "x" else "white",
+        ax.scatter(row[f"{who}_x"], row[f"{who}_y"], s=42, marker=marker, color=colour, linewidths=0.8, edgecolors="white",
                    label={"student": "student, plain", "weak": "student, weak"}.get(who, who))
     if truth is not None:
         ax.scatter(*truth, s=90, marker="*", color=colours["truth"], edgecolors="white", linewidths=0.8, label="truth")
