@@ -17,7 +17,7 @@ from .coco import PoseSet
 from .evaluate import hits
 from .ledger import Ledger, read_frame, redecide
 from .record import by_instance
-from .relabel import DECISION_COLOURS, Decision, relabel
+from .relabel import DECISION_COLOURS, Decision
 
 # %% ../nbs/14b_audit.ipynb #right
 def judge(ledger: Ledger, poses: PoseSet, epochs: Sequence[int] | None = None, alpha: float = 0.1) -> pd.DataFrame:

@@ -29,7 +29,7 @@ from .data import read_picture
 from .evaluate import hits
 from .ledger import Ledger, open_run_ledger, read_frame, redecide
 from .networks import find_poses
-from .record import Record, by_instance
+from .record import by_instance
 from .relabel import DECISION_COLOURS, Decision, agreement_distance
 from .run import read_rows
 from .show import STYLE, curves, html_table

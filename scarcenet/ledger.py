@@ -202,7 +202,7 @@ def draw_explained(ledger: Ledger, picture: np.ndarray, instance: int, keypoint:
     axes["numbers"].axhline(1, color="#333333", lw=1)
     axes["numbers"].set(xlabel="epoch", title="below the line: passes")
     axes["numbers"].set_yscale("log", base=2)
-    axes["numbers"].yaxis.set_major_formatter("{x:g}")
+    axes["numbers"].yaxis.set_major_formatter("{x:.3g}")
     axes["numbers"].legend(frameon=False, fontsize=7)
     for name in ("strip", "numbers"):
         axes[name].title.set_fontsize(9)

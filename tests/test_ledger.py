@@ -117,7 +117,7 @@ def test_resuming_writes_no_epoch_twice(run, tmp_path):
         pass
 
     import scarcenet.trials as trials
-    real, seen = trials.save_checkpoint, []
+    real = trials.save_checkpoint
 
     def cut(file, state):
         if state.stage == "scarce" and state.epoch == 2:
