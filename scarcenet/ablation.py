@@ -41,7 +41,7 @@ def rate_epochs(epochs: Iterable[Epoch], material: Material, config: Config) -> 
     Val is looked at every `config.evaluate_every` epochs, and after the last. Without a teacher it is the student that counts.
     """
     score = lambda model, split: evaluate_network(model, getattr(material, split), material.canvases[split], config)["overall"]
-    best = -1.0
+    best = float("-inf")
     for epoch in epochs:
         student, teacher = epoch.state.student, epoch.state.teacher if epoch.stage == "scarce" else epoch.state.student
         last = epoch.epoch == epoch.epochs

@@ -33,7 +33,6 @@ from .record import by_instance
 from .relabel import DECISION_COLOURS, Decision, agreement_distance
 from .run import read_rows
 from .show import STYLE, curves, html_table
-from .small_loss import keep_rate
 
 # %% ../nbs/15_explore.ipynb #pack
 def pack(array) -> dict:
@@ -79,7 +78,7 @@ def bundle(ledger: Ledger, poses: PoseSet, rows: Sequence[int], truth: bool = Tr
     return dict(title=ledger.folder.parent.name, names=list(ledger.names), bones=[list(b) for b in poses.schema.skeleton],
                 sides=side_names(poses), epochs=list(ledger.epochs), kinds={str(int(d)): d.name.lower() for d in Decision}, colours={str(int(d)): c for d, c in DECISION_COLOURS.items()},
                 run_rules=dict(agree_px=config.agree_px, drop=config.drop, bias=config.agree_bias, confident_only=config.consistency_confident,
-                               keep=[keep_rate(e - 1, config.keep_epochs, config.keep_floor) for e in ledger.epochs]),
+                               keep=[ledger.keep(e) for e in ledger.epochs]),
                 instances=[dict(instance=int(i), file=f, category=c, family=g, labelled=bool(l), width=w, height=h, picture=p) for i, f, c, g, l, (w, h), p in
                            zip(rows, about["file"], about["category"], about["family"], about["labelled"], sizes, pictures)],
                 arrays={name: pack(a) for name, a in arrays.items()})
@@ -175,7 +174,7 @@ def report(run: Path, most: int = 60, seed: int = 0) -> str:
     parts = {"Explorer": '<div id="explorer"></div>'}
     if judged["label_right"].notna().any():
         end, config = ledger.epochs[-1], ledger.config
-        now = {"agree_px": config.agree_px, "keep": keep_rate(end - 1, config.keep_epochs, config.keep_floor), "drop": config.drop}
+        now = {"agree_px": config.agree_px, "keep": ledger.keep(end), "drop": config.drop}
         sweeps = {"agree_px": np.linspace(0, 2, 21), "keep": np.linspace(0.05, 1, 20), "drop": np.linspace(0, 0.95, 20)}
         last = judged[judged["epoch"] == end]
         tables = {by: audit_table(last, by).droplevel(0) for by in ("decision", "family", "category", "name")}

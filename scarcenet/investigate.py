@@ -30,15 +30,12 @@ def explain(run: tyro.conf.Positional[Path], instance: int, keypoint: str, epoch
     life = read_frame(ledger).query("instance == @instance and keypoint == @k")
     print("epochs: " + " ".join(f"{e}:{d}" for e, d in zip(life["epoch"], life["decision"])))
     if target:
-        import cv2
+        from scarcenet.data import read_picture
         from scarcenet.networks import find_poses
         from scarcenet.show import save_figure
         poses = find_poses(ledger.config, run, split="train", bare=True)
-        file = poses.instances[instance].file
-        if (seen := cv2.imread(str(file))) is None:
-            raise FileNotFoundError(f"{file}: not a picture, or not there")
         truth = poses.truth.xy[instance, k] if poses.truth.visible[instance, k] else None
-        save_figure(draw_explained(ledger, seen[..., ::-1], instance, k, epoch, truth), target)
+        save_figure(draw_explained(ledger, read_picture(poses.instances[instance].file), instance, k, epoch, truth), target)
         print(f"picture: {picture}")
 
 # %% ../nbs/15b_commands.ipynb #accepted

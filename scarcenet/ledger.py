@@ -52,6 +52,10 @@ class Ledger:
             raise ValueError(f"{self.folder}: epoch {asked} is not on record; {there}")
         return epoch
 
+    def keep(self, epoch: int) -> float:
+        """The share of reliable labels in an epoch (from 1)."""
+        return keep_rate(epoch - 1, self.config.keep_epochs, self.config.keep_floor)
+
     def record(self, epoch: int) -> Record:
         """What became of every keypoint in an epoch; ValueError if it is not on record."""
         return read_epoch(self.folder, self.epoch(epoch), self.label_xy)
@@ -104,7 +108,7 @@ def _frame(ledger: Ledger, epoch: int, last: bool) -> pd.DataFrame:
     competing = frame["loss"].where(frame["has_label"])
     groups = competing.groupby(frame["batch"])
     frame.insert(9, "rank", groups.rank(method="first") - 1)
-    frame.insert(10, "quota", quota(groups.transform("count"), keep_rate(epoch - 1, config.keep_epochs, config.keep_floor)).where(competing.notna()))
+    frame.insert(10, "quota", quota(groups.transform("count"), ledger.keep(epoch)).where(competing.notna()))
     if last:
         frame = frame[~frame.duplicated(["instance", "keypoint"], keep="last")].sort_values(["instance", "keypoint"])
     return frame
@@ -118,7 +122,7 @@ def redecide(ledger: Ledger, epoch: int, record: Record, keep: float | None = No
     """
     config = ledger.config
     rules = replace(config, **{n: v for n, v in dict(agree_px=agree_px, drop=drop, agree_bias=agree_bias).items() if v is not None})
-    keep = keep_rate(epoch - 1, config.keep_epochs, config.keep_floor) if keep is None else keep
+    keep = ledger.keep(epoch) if keep is None else keep
     has_label, free = ledger.has_label.clone(), ~ledger.labelled
     if drop is not None and free.any():
         has_label[free] = confidence_cut(ledger.score[free], drop)
