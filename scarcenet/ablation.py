@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from .config import Config
-from .run import describe, load_checkpoint, pick_device, read_rows, save_checkpoint, write_rows
+from .machine import describe, pick_device
+from .run import load_checkpoint, read_rows, save_checkpoint, write_rows
 from .train import Epoch, begin_scarce, fit
 from .trials import COLUMNS, Material, as_long, evaluate_network, gather
 

@@ -54,14 +54,14 @@ def warp(pictures: Tensor, affine: Tensor, size: tuple[int, int]) -> Tensor:
     `size` is (height, width). Outside the picture all is 0, as with cv2.warpAffine, whose pixel convention this is.
     """
     h, w = pictures.shape[-2:]
-    back = invert(affine)                                            # output px -> picture px
-    unit = torch.tensor([2 / max(w - 1, 1), 2 / max(h - 1, 1)], dtype=back.dtype, device=back.device)
+    # output px -> picture px -> grid_sample's unit, -1 ... 1 over the picture
+    unit = torch.tensor([[2 / max(w - 1, 1), 0, -1], [0, 2 / max(h - 1, 1), -1]], dtype=affine.dtype, device=affine.device)
+    back = (unit @ invert(affine))[:, None, None]                    # (B, 1, 1, 2, 3)
     y = torch.arange(size[0], dtype=back.dtype, device=back.device)
     x = torch.arange(size[1], dtype=back.dtype, device=back.device)
     # one outer sum in place of a product for every pixel: an affine is linear in x and in y
-    at = (back[:, None, None, :2, 0] * x[:, None] + back[:, None, None, :2, 1] * y[:, None, None]
-          + back[:, None, None, :2, 2])                              # (B, h, w, 2) in picture px
-    return F.grid_sample(pictures, (at * unit - 1).to(pictures.dtype), padding_mode="zeros", align_corners=True)
+    at = back[..., 0] * x[:, None] + (back[..., 1] * y[:, None, None] + back[..., 2])          # (B, h, w, 2)
+    return F.grid_sample(pictures, at.to(pictures.dtype), padding_mode="zeros", align_corners=True)
 
 # %% ../nbs/01_affine.ipynb #mirror
 def mirror(about: Tensor | float) -> Tensor:

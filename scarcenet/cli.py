@@ -20,6 +20,7 @@ import tyro
 from .config import PRESETS
 from .files import new_file
 from .investigate import accepted, explain, report
+from .measuring import bench
 
 # %% ../nbs/17_cli.ipynb #helpers
 ABOUT = {"original": "what the published implementation computes, quirks included: HRNet-W32, days on a CPU, hours on a GPU",
@@ -118,10 +119,13 @@ def train(config: Preset, out: Path, resume: Resume = False) -> None:
         resume: go on with a run that was interrupted, with the same flags
     """
     from scarcenet.evaluate import format_table
+    from scarcenet.processes import is_first
     from scarcenet.run import open_run
     from scarcenet.trials import COLUMNS, gather, train_run
     with resumable(open_run(out, config, resume)):
         summary = train_run(config, out, gather(config, out / "zoo", progress=watched()), resume, progress=watched())
+    if not is_first():
+        return
     for split in ("val", "test"):
         rows = {who: summary[who][split] for who in ("supervised", "student", "teacher") if who in summary}
         others = {f"{who}, other families": scores["other families"] for who, scores in rows.items() if "other families" in scores}
@@ -217,7 +221,7 @@ def ablate(config: Preset, out: Path, seeds: tuple[int, ...] = (0, 1, 2), differ
 
 # %% ../nbs/17_cli.ipynb #main
 COMMANDS = {"demo": demo, "zoo": zoo, "check": check, "train": train, "eval": evaluate, "pseudo": pseudo, "ablate": ablate,
-            "explain": explain, "report": report, "accepted": accepted}
+            "bench": bench, "explain": explain, "report": report, "accepted": accepted}
 
 def later(command: Callable) -> Callable:
     """A function that takes what `command` takes and gives what is left to call: so that reading flags and running are two things."""

@@ -112,6 +112,14 @@ class Config:
     """epochs between two evaluations on the val split; the last epoch always"""
     ledger: bool = True
     """keep what became of every keypoint in every epoch of stage 3, at most 40 bytes each"""
+    precision: str = "auto"
+    """number format of the network: float32, bf16 or fp16; auto takes bf16 on a GPU that has it. Equal bits are float32's promise"""
+    compile: str = ""
+    """torch.compile's mode: default, reduce-overhead (CUDA graphs), max-autotune; empty: not compiled"""
+    canvas_mb: float = 8192
+    """decoded pictures of more than so many MiB lie in a file in `cache`, not in memory or on the GPU"""
+    cache: str = "~/.cache/scarcenet"
+    """folder for them; a file there is named by its content and may be deleted between runs"""
 
     @property
     def strong(self) -> "Geometry":
@@ -124,13 +132,17 @@ class Config:
         counts = dict(split=1, seed=0, size=32, stride=1, supervised_epochs=0, supervised_repeat=1, supervised_batch=1, views=1,
                       epochs=0, batch=1, labelled_repeat=1, keep_epochs=1, ramp_epochs=1, evaluate_every=1)
         shares = ("half_body", "centre_jitter", "scale_factor", "drop", "keep_floor", "ema")
-        widths = ("supervised_lr", "lr", "rotation_factor", "truth_weight", "agree_px", "consistency")
-        limits = {n: (low, float("inf")) for n, low in counts.items()} | dict.fromkeys(shares, (0, 1)) | dict.fromkeys(widths, (0, 1e6)) | {"sigma": (0.1, 1e6)}
+        widths = ("supervised_lr", "lr", "rotation_factor", "truth_weight", "agree_px", "consistency", "canvas_mb")
+        limits = {n: (low, float("inf")) for n, low in counts.items()} | dict.fromkeys(shares, (0, 1)) | dict.fromkeys(widths, (0, 1e9)) | {"sigma": (0.1, 1e6)}
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:          # nan fails, too
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {low}" + (f" and at most {high}" if high < 1e9 else ""))
         if self.size % 32:
             raise ValueError(f"size is {self.size}, but must be a multiple of 32 px: the coarsest maps of a network have one pixel for so many")
+        modes = dict(precision=("auto", "float32", "bf16", "fp16"), compile=("", "default", "reduce-overhead", "max-autotune"))
+        for name, known in modes.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(filter(None, known))}" + (" or empty" if "" in known else ""))
         if not self.supervised_epochs + self.epochs:
             raise ValueError("supervised_epochs and epochs are both 0: there is nothing to train")
 

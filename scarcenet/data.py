@@ -7,10 +7,12 @@ __all__ = ['REACH', 'MEAN', 'STD', 'Canvases', 'read_picture', 'broken_pictures'
            'make_batch', 'TrainingSet', 'seeded', 'batches']
 
 # %% ../nbs/05_data.ipynb #imports
+import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +25,10 @@ from tqdm.auto import tqdm
 
 from .affine import crop_affine, invert, warp
 from .coco import Instance, Labels
+from .files import atomic
+from .processes import first_before_others
 from .schema import KeypointSchema
-from .views import STRONG, WEAK, Geometry, cutout, half_body, photometric, sample_views
+from .views import STRONG, WEAK, Geometry, cutout, draw_operations, draw_squares, half_body, photometric, sample_views
 
 # %% ../nbs/05_data.ipynb #canvas
 REACH = 1.5     # a canvas shows this many times the side of the crop: what turned and zoomed-out views look at
@@ -32,7 +36,7 @@ REACH = 1.5     # a canvas shows this many times the side of the crop: what turn
 @dataclass(frozen=True)
 class Canvases:
     """One decoded picture for each of N instances: all that its views are rendered from."""
-    pixels: Tensor     # (N, 3, C, C) uint8, RGB
+    pixels: Tensor     # (N, 3, C, C) uint8, RGB; on the device of the rest, or in a file
     affine: Tensor     # (N, 3, 3) image px -> canvas px
     crop: Tensor       # (N, 3, 3) image px -> view px of the plain crop
     size: int          # view px
@@ -40,13 +44,40 @@ class Canvases:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def to(self, device) -> "Canvases":
-        return replace(self, pixels=self.pixels.to(device), affine=self.affine.to(device), crop=self.crop.to(device))
+    @property
+    def device(self) -> torch.device:
+        """Where views are rendered."""
+        return self.crop.device
 
-    def render(self, index: Tensor, view: Tensor) -> Tensor:
-        """What instances `index` (B,) look like through `view` (B, 3, 3), image px -> view px: (B, 3, S, S), grey values 0 ... 255."""
-        pixels = self.pixels[index].float()
-        return warp(pixels, view @ invert(self.affine[index]), (self.size, self.size)).round()
+    def to(self, device) -> "Canvases":
+        """The same, rendered on `device`; pixels that lie in a file stay there."""
+        pixels = self.pixels if self.pixels.untyped_storage().filename else self.pixels.to(device)
+        return replace(self, pixels=pixels, affine=self.affine.to(device), crop=self.crop.to(device))
+
+    def fetch(self, index: Tensor) -> Tensor:
+        """The canvases of instances `index` (B,), on the device: (B, 3, C, C) uint8."""
+        rows = self.pixels[index.to(self.pixels.device)]
+        pinned = self.device.type == "cuda" and not rows.is_cuda      # page-locked memory crosses the bus while the GPU goes on
+        return (rows.pin_memory() if pinned else rows).to(self.device, non_blocking=True)
+
+    def fetched(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """`fetch` of each of `parts`, begun in another thread while the one before is in use."""
+        with ThreadPoolExecutor(1) as pool:
+            waiting = None
+            for part in parts:
+                waiting, ready = pool.submit(self.fetch, part), waiting
+                if ready:
+                    yield ready.result()
+            if waiting:
+                yield waiting.result()
+
+    def render(self, index: Tensor, view: Tensor, pixels: Tensor | None = None) -> Tensor:
+        """What instances `index` (B,) look like through `view` (B, 3, 3), image px -> view px: (B, 3, S, S), grey values 0 ... 255.
+
+        `pixels`: `fetch` of them, if that has been done.
+        """
+        pixels = self.fetch(index) if pixels is None else pixels
+        return warp(pixels.float(), view @ invert(self.affine[index]), (self.size, self.size)).round()
 
 # %% ../nbs/05_data.ipynb #read
 def read_picture(file: Path) -> np.ndarray:
@@ -91,17 +122,28 @@ def _cut(picture: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray:
     return cv2.warpAffine(picture, affine[:2], (size, size), flags=cv2.INTER_LINEAR)
 
 # %% ../nbs/05_data.ipynb #load
-def load_canvases(instances: Sequence[Instance], size: int, jitter: Tensor | None = None, progress: bool = False) -> Canvases:
-    """Decode every picture once and keep 2 x `size` px of it around each of its animals.
+def load_canvases(instances: Sequence[Instance], size: int, jitter: Tensor | None = None, progress: bool = False,
+                  limit_mb: float = torch.inf, cache: Path = Path("~/.cache/scarcenet")) -> Canvases:
+    """Decode every picture once and keep 2 x `size` px of it around each of its animals: in memory, or what takes more than
+    `limit_mb` MiB in a file in the folder `cache`.
 
     `jitter` (N, 2) moves the centre of each crop, in units of its box's width and height. Raises ValueError
-    with the file's name for a picture that is missing or cannot be decoded.
+    with the file's name for a picture that is missing or cannot be decoded, or if the file cannot be written.
     """
     box = torch.tensor([i.box for i in instances], dtype=torch.float64).view(-1, 4)
     if jitter is not None:
         box[:, :2] += jitter * box[:, 2:]
     crop, canvas = crop_affine(box, size), crop_affine(box, 2 * size, padding=1.25 * REACH)
-    pixels = torch.zeros(len(instances), 3, 2 * size, 2 * size, dtype=torch.uint8)
+    shape = (len(instances), 3, 2 * size, 2 * size)
+    if np.prod(shape) <= limit_mb * 2 ** 20:
+        pixels = torch.zeros(shape, dtype=torch.uint8)
+        _decode(instances, canvas, size, lambda n, cut: pixels[n].copy_(cut), progress)
+    else:
+        pixels = _mapped(instances, canvas, size, cache.expanduser(), progress).view(shape)
+    return Canvases(pixels, canvas.float(), crop.float(), size)
+
+def _decode(instances: Sequence[Instance], canvas: Tensor, size: int, keep: Callable[[int, Tensor], object], progress: bool) -> None:
+    """`keep(n, cut)` the canvas (3, 2 x size, 2 x size) of every instance n."""
     rows = defaultdict(list)
     for n, instance in enumerate(instances):
         rows[instance.file].append(n)
@@ -109,12 +151,35 @@ def load_canvases(instances: Sequence[Instance], size: int, jitter: Tensor | Non
     def load(file: Path):
         picture = read_picture(file)
         for n in rows[file]:
-            pixels[n] = torch.from_numpy(_cut(picture, canvas[n].numpy(), 2 * size)).permute(2, 0, 1)
+            keep(n, torch.from_numpy(_cut(picture, canvas[n].numpy(), 2 * size)).permute(2, 0, 1))
 
     with ThreadPoolExecutor() as pool:
         for _ in tqdm(pool.map(load, rows), "pictures", len(rows), disable=not progress, leave=False):
             pass
-    return Canvases(pixels, canvas.float(), crop.float(), size)
+
+# %% ../nbs/05_data.ipynb #cache
+def _mapped(instances: Sequence[Instance], canvas: Tensor, size: int, folder: Path, progress: bool) -> Tensor:
+    """The canvases' bytes, one after the other, as a file's; it is written if there is none for these pictures and cuts."""
+    def digest(file: Path) -> bytes:
+        try:
+            return blake2b(file.read_bytes()).digest()
+        except OSError:
+            return b""                       # `_decode` says what is wrong with it
+
+    files = dict.fromkeys(i.file for i in instances)
+    with ThreadPoolExecutor() as pool:
+        content = dict(zip(files, pool.map(digest, files)))
+    name = blake2b(b"".join((b"canvases 1", canvas.numpy().tobytes(), *(content[i.file] for i in instances))), digest_size=16).hexdigest()
+    file, one = folder / f"{name}.canvases", 12 * size ** 2
+    with first_before_others():
+        if not file.is_file() or file.stat().st_size != one * len(instances):
+            try:
+                with atomic(file) as part, open(part, "wb") as f:
+                    # written, not mapped: a full disk is then an error, and not a crash
+                    _decode(instances, canvas, size, lambda n, cut: os.pwrite(f.fileno(), cut.numpy().tobytes(), n * one), progress)
+            except OSError as e:
+                raise ValueError(f"{folder}: {one * len(instances) / 2 ** 20:.0f} MiB of canvases cannot be kept there ({e.strerror})") from None
+    return torch.from_file(str(file), shared=False, size=one * len(instances), dtype=torch.uint8)
 
 # %% ../nbs/05_data.ipynb #normalise
 # mean and standard deviation of ImageNet's pictures, channels RGB, for grey values 0 ... 1: what pretrained backbones expect
@@ -143,18 +208,25 @@ class Batch(NamedTuple):
 
 # %% ../nbs/05_data.ipynb #make-batch
 def make_batch(canvases: Canvases, labels: Labels, index: Tensor, schema: KeypointSchema, rng: Generator, p_half: float = 0.3,
-               strong: Geometry = STRONG, looks: bool = True) -> Batch:
-    """Render the views of instances `index` (B,); `looks`: the weak and the plain one too. All draws come from `rng`, on the CPU."""
-    size, index = canvases.size, index.to(canvases.pixels.device)
+               strong: Geometry = STRONG, looks: bool = True, part: slice = slice(None), pixels: Tensor | None = None) -> Batch:
+    """Render the views of instances `index` (B,); `looks`: the weak and the plain one too. All draws come from `rng`, on the CPU.
+
+    `part`: the rows of the batch that are made, where several processes share it; what they draw is the whole batch's.
+    `pixels`: `canvases.fetch(index[part])`, if that has been done.
+    """
+    size, n, index = canvases.size, len(index), index.to(canvases.device)
     xy, weight, labelled = (t[index] for t in labels)
     crop = half_body(canvases.crop[index], xy, weight, schema, size, rng, p_half)
-    affine = sample_views(crop, strong, size, rng)
-    loud = cutout(photometric(canvases.render(index, affine), rng), rng)
-    batch = Batch(View(normalise(loud), affine), xy, weight, labelled, index)
-    if not looks:
-        return batch
-    weak, plain = (View(normalise(canvases.render(index, a)), a) for a in (sample_views(crop, WEAK, size, rng), crop))
-    return batch._replace(weak=weak, plain=plain)
+    views = [sample_views(crop, strong, size, rng)]
+    operations, squares = draw_operations(n, rng), draw_squares(n, rng)
+    if looks:
+        views += [sample_views(crop, WEAK, size, rng), crop]
+
+    index, (affine, *others) = index[part], (v[part] for v in views)
+    pixels = canvases.fetch(index) if pixels is None else pixels
+    loud = cutout(photometric(canvases.render(index, affine, pixels), operations[part]), squares[part])
+    shown = [View(normalise(canvases.render(index, a, pixels)), a) for a in others]
+    return Batch(View(normalise(loud), affine), xy[part], weight[part], labelled[part], index, *shown)
 
 # %% ../nbs/05_data.ipynb #train
 @dataclass(frozen=True)

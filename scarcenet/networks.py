@@ -16,7 +16,8 @@ from .config import PRESETS, Config
 from .data import Canvases
 from .evaluate import evaluate_poses
 from .labels import with_bare
-from .run import build_network, pick_device, read_config
+from .machine import pick_device
+from .run import build_network, read_config
 from .trials import predict
 
 # %% ../nbs/13_use.ipynb #find

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from .affine import apply, invert, mirror, mirrored, swap_sides, warp
 from .data import Canvases, normalise
 from .heatmap import Keypoints, decode
+from .processes import gather, is_first, processes, share
 from .views import jitter
 
 # %% ../nbs/08_pseudo.ipynb #views
@@ -64,16 +65,18 @@ def average_views(model: nn.Module, pictures: Tensor, views: Tensor, crop: Tenso
     maps = carry_maps(maps, views.flatten(0, 1), crop.repeat(v, 1, 1), swap, size)
     return maps.unflatten(0, (v, b)).mean(0)
 
-def look(canvases: Canvases, index: Tensor, views: Tensor, lean: float = 0.0) -> Tensor:
+def look(canvases: Canvases, index: Tensor, views: Tensor, lean: float = 0.0, pixels: Tensor | None = None) -> Tensor:
     """What the model is shown of instances `index` (B,) through `views` (V, B, 3, 3): (V, B, 3, S, S), normalised.
 
-    `lean` moves what mirrored views show by so many view px to the right, without their affines knowing.
+    `lean` moves what mirrored views show by so many view px to the right, without their affines knowing. `pixels`:
+    `canvases.fetch(index)`, if that has been done.
     """
+    pixels = canvases.fetch(index) if pixels is None else pixels
     if lean:
         shift = torch.eye(3, device=views.device)
         shift[0, 2] = lean
         views = torch.where(mirrored(views)[..., None, None], shift @ views, views)
-    return torch.stack([normalise(canvases.render(index, view)) for view in views])
+    return torch.stack([normalise(canvases.render(index, view, pixels)) for view in views])
 
 # %% ../nbs/08_pseudo.ipynb #locate
 @torch.no_grad()
@@ -81,22 +84,23 @@ def locate(model: nn.Module, canvases: Canvases, make_views: Callable[[Tensor], 
            refine: Callable[[Tensor, Tensor], Tensor] | None = None, lean: float = 0.0, progress: str = "") -> Keypoints:
     """Keypoints of all N instances in image px (N, K, 2), with their scores (N, K), from the average of several views.
 
-    `make_views(crop)` turns crops (B, 3, 3) into views (V, B, 3, 3); `batch` is the number of pictures that go
+    `make_views(crop)` turns crops (N, 3, 3) into views (V, N, 3, 3); `batch` is the number of pictures that go
     through the model at once. The model is left in the mode in which it came. `lean` is what `look` takes: 0, but for
-    the original's pseudo-labels, 3 (mirrored about S - 1 instead of S - 4).
+    the original's pseudo-labels, 3 (mirrored about S - 1 instead of S - 4). Several processes share the instances.
     """
-    was_training = model.training
+    was_training, n, everyone = model.training, len(canvases), make_views(canvases.crop)
     model.eval()
-    found, count = [], make_views(canvases.crop[:1]).shape[0]
-    parts = torch.arange(len(canvases), device=canvases.pixels.device).split(max(1, batch // count))
-    for index in tqdm(parts, progress, disable=not progress, leave=False):
-        crop = canvases.crop[index]
-        views = make_views(crop)
-        maps = average_views(model, look(canvases, index, views, lean), views, crop, swap)
+    order = torch.arange(-(-n // processes()) * processes()) % n          # equal shares: a few instances may be asked twice
+    parts, found = order[share(len(order))].split(max(1, batch // len(everyone))), []
+    bar = tqdm(parts, progress, disable=not (progress and is_first()), leave=False)
+    for index, pixels in zip(bar, canvases.fetched(parts)):
+        index = index.to(canvases.device)
+        crop, views = canvases.crop[index], everyone[:, index]
+        maps = average_views(model, look(canvases, index, views, lean, pixels), views, crop, swap)
         seen = decode(maps, canvases.size / maps.shape[-1], refine)
         found.append(Keypoints(apply(invert(crop), seen.xy), seen.score))
     model.train(was_training)
-    return Keypoints(*(torch.cat(part) for part in zip(*found)))
+    return Keypoints(*(gather(torch.cat(part))[:n] for part in zip(*found)))
 
 # %% ../nbs/08_pseudo.ipynb #cut
 def confidence_cut(score: Tensor, drop: float = 0.4) -> Tensor:

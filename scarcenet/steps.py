@@ -17,6 +17,7 @@ from .affine import from_view, mirrored, swap_sides, to_view
 from .config import Config
 from .data import Batch
 from .heatmap import decode, encode, heatmap_loss, keypoint_loss, parabola_step
+from .processes import gather, share
 from .pseudo import carry_maps
 from .relabel import Decision, agreement_distance, agreement_offset, decide, loss_weight, relabel
 from .schema import KeypointSchema
@@ -71,7 +72,8 @@ def _look(model: nn.Module, views: list[Tensor], live: bool) -> list[Tensor]:
     """The model's maps of several views. `live`: with BN in train mode (the original); else BN is fixed."""
     was_training = model.training
     model.train(live)
-    maps = [model(v) for v in views]
+    # one pass through the network where a picture's maps do not depend on those beside it
+    maps = [model(v) for v in views] if live else model(torch.cat(views)).chunk(len(views))
     model.train(was_training)
     return maps
 
@@ -88,7 +90,8 @@ def scarce_step(student: nn.Module, teacher: nn.Module, batch: Batch, epoch: int
     maps, inside = draw(batch.xy, torch.ones_like(batch.weight))                     # labels that were cut, too: the loss is kept for later questions
     label_loss = swap_sides(keypoint_loss(prediction.detach(), maps, inside), flipped, swap)
     comparable = swap_sides(inside > 0, flipped, swap) & (has_label | ~labelled)
-    reliable = select_small_loss(label_loss, comparable & has_label, keep_rate(epoch, rules.keep_epochs, rules.keep_floor))
+    keep, everyone = keep_rate(epoch, rules.keep_epochs, rules.keep_floor), [gather(t) for t in (label_loss, comparable & has_label)]
+    reliable = select_small_loss(*everyone, keep)[share(len(everyone[0]))]           # of the whole batch, whoever shares it
     label_loss = torch.where(comparable, label_loss, torch.nan)
 
     # 2. does it agree with itself?

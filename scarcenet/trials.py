@@ -10,6 +10,7 @@ __all__ = ['COLUMNS', 'Material', 'known_labels', 'gather', 'predict', 'evaluate
 import time
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,12 @@ from .evaluate import evaluate_poses, label_quality
 from .files import read_json, write_json
 from .heatmap import Keypoints, parabola_step, quarter_step
 from .labels import draw_labelled, labelled_families, read_corrected, read_id_list, reveal, with_bare
+from .machine import describe, fast, peak_rss_mb, pick_device
+from .processes import first_before_others, is_first, share, wait_for_all
 from .pseudo import flip_views, locate
 from .record import Record, by_instance, open_ledger, write_epoch, write_labels
 from .relabel import Decision
-from .run import (State, append_metrics, beside, build_network, describe, load_checkpoint, open_run, peak_rss_mb, pick_device,
-                           read_rows, save_checkpoint, write_pseudo)
+from .run import State, append_metrics, beside, build_network, load_checkpoint, open_run, read_rows, save_checkpoint, write_pseudo
 from .show import by_oks, curves, decisions, html_table, poses_grid, save_figure, write_page
 from .train import fit, join_labels
 from .weights import save_weights
@@ -61,7 +63,10 @@ def known_labels(config: Config, poses: PoseSet) -> Labels:
 def gather(config: Config, zoo: Path, progress: bool = False) -> Material:
     """Read a set's splits, draw the labelled instances and decode the pictures: all, or without stage 3 only theirs. `zoo`: where the embedded set is written."""
     device = pick_device(config.device)
-    root = write_zoo(zoo) if config.data == "zoo" else Path(config.data)
+    for batch in (config.supervised_batch, config.batch):
+        share(batch)                            # refuses what several processes cannot share, before anything is read
+    with first_before_others():
+        root = write_zoo(zoo) if config.data == "zoo" else Path(config.data)
     train, val, test = (read_coco(*find_split(root, name, config.split)) for name in ("train", "val", "test"))
     train = with_bare(train)                    # a box without keypoints is one more unlabelled animal
     for other in (val, test):
@@ -76,16 +81,17 @@ def gather(config: Config, zoo: Path, progress: bool = False) -> Material:
         chosen = torch.rand(len(train), 1, generator=rng) < config.centre_jitter
         jitter = chosen * 0.2 * (2 * torch.rand(len(train), 2, generator=rng) - 1)
     seen = np.flatnonzero(labels.labelled | (config.epochs > 0))            # stage 1 looks at no other picture
-    data = TrainingSet(train.schema, load_canvases([train.instances[i] for i in seen], config.size, None if jitter is None else jitter[seen], progress).to(device),
-                       Labels(*(torch.as_tensor(t[seen], device=device) for t in labels)))
-    others = {n: load_canvases(p.instances, config.size, progress=progress).to(device) for n, p in (("val", val), ("test", test))}
-    return Material(train, val, test, data, others)
+    load = partial(load_canvases, size=config.size, progress=progress, limit_mb=config.canvas_mb, cache=Path(config.cache))
+    with first_before_others():
+        canvases = load([train.instances[i] for i in seen], jitter=None if jitter is None else jitter[seen]).to(device)
+        others = {n: load(p.instances).to(device) for n, p in (("val", val), ("test", test))}
+    return Material(train, val, test, TrainingSet(train.schema, canvases, Labels(*(torch.as_tensor(t[seen], device=device) for t in labels))), others)
 
 # %% ../nbs/13_trials.ipynb #predict
 def predict(model: nn.Module, canvases: Canvases, config: Config, swap: list[int], progress: str = "") -> Keypoints:
     """The model's poses, as they are evaluated: (N, K, 2) image px and scores, flip test, sub-pixel decoding."""
     refine = quarter_step if config.rounded else parabola_step        # what fits the way in which the targets were drawn
-    return locate(model, canvases, lambda crop: flip_views(crop, canvases.size), swap, refine=refine, progress=progress)
+    return locate(fast(model, config), canvases, lambda crop: flip_views(crop, canvases.size), swap, refine=refine, progress=progress)
 
 def evaluate_network(model: nn.Module, poses: PoseSet, canvases: Canvases, config: Config) -> dict[str, dict]:
     """`evaluate_poses` of what the model finds in a split."""
@@ -108,7 +114,7 @@ def train_run(config: Config, folder: Path, material: Material, resume: bool = F
     """Train all stages of `config` in `folder`; returns summary.json's content. Interrupted, it goes on with `resume`."""
     began, checkpoint = time.perf_counter(), folder / "checkpoint.safetensors"
     state = load_checkpoint(checkpoint, config, material.data) if resume and checkpoint.is_file() else None
-    ledger = open_ledger(folder / "ledger", material.train, material.data.labels.labelled) if config.ledger and config.epochs else None
+    ledger = open_ledger(folder / "ledger", material.train, material.data.labels.labelled) if config.ledger and config.epochs and is_first() else None
     for epoch in fit(config, material.data, state, progress):
         state, last = epoch.state, epoch.epoch == epoch.epochs
         row = {k: v for k, v in epoch._asdict().items() if k not in ("state", "record")} | audit(material.train, epoch.record)
@@ -117,6 +123,8 @@ def train_run(config: Config, folder: Path, material: Material, resume: bool = F
         for who in ("student", "teacher"):
             scores = evaluate_network(networks[who], material.val, material.canvases["val"], config)["overall"] if due and who in networks else {}
             row |= {f"{who}_{name}": scores.get(name, "") for name in ("AP", "PCK")}
+        if not is_first():                                # of several processes one writes
+            continue
         append_metrics(folder / "metrics.csv", row)
         if epoch.stage == "supervised" and last:
             save_weights(state.student, folder / "supervised.safetensors")
@@ -132,6 +140,7 @@ def train_run(config: Config, folder: Path, material: Material, resume: bool = F
 # %% ../nbs/13_trials.ipynb #finish
 def finish_run(config: Config, folder: Path, material: Material, state: State, seconds: float) -> dict:
     """Evaluate a run's networks, and write their weights, summary.json, the pictures and the page; returns the summary."""
+    wait_for_all()                                        # for what the first process has still to write
     networks, stage1 = {}, folder / "supervised.safetensors"
     if stage1.is_file():                                  # not if `supervised_epochs` is 0
         networks["supervised"] = build_network(replace(config, weights=str(stage1), backbone=""), len(material.train.schema))
@@ -140,10 +149,15 @@ def finish_run(config: Config, folder: Path, material: Material, state: State, s
         networks |= {"student": state.student, "teacher": state.teacher}
     scores = {}
     for name, model in networks.items():
-        save_weights(model, folder / f"{name}.safetensors")
+        if is_first():
+            save_weights(model, folder / f"{name}.safetensors")
         seen = {split: predict(model, material.canvases[split], config, material.train.schema.swap) for split in ("val", "test")}
         scores[name] = {split: evaluate_poses(getattr(material, split), k.xy.cpu().numpy(), k.score.cpu().numpy(),
                                               labelled_families=config.families) for split, k in seen.items()}
+    summary = dict(seed=config.seed, device=describe(pick_device(config.device)), seconds=round(seconds, 1), peak_rss_mb=round(peak_rss_mb()),
+                   labelled=int(material.data.labels.labelled.sum()), instances=len(material.train), **scores)
+    if not is_first():
+        return summary
     best = seen["test"].xy.cpu().numpy()                  # of the last network: the teacher's, if there is one
     rows, order = read_rows(folder / "metrics.csv"), by_oks(material.test, best)
     figures = {"curves": curves(rows), "best": poses_grid(material.test, best, order[:12]), "worst": poses_grid(material.test, best, order[:-13:-1])}
@@ -151,8 +165,6 @@ def finish_run(config: Config, folder: Path, material: Material, state: State, s
         figures["decisions"] = decisions(rows)
     for name, figure in figures.items():
         save_figure(figure, folder / "pictures" / f"{name}.png")
-    summary = dict(seed=config.seed, device=describe(pick_device(config.device)), seconds=round(seconds, 1), peak_rss_mb=round(peak_rss_mb()),
-                   labelled=int(material.data.labels.labelled.sum()), instances=len(material.train), **scores)
     return write_summary(folder, summary)
 
 # %% ../nbs/13_trials.ipynb #summary

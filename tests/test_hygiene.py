@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY, NOTEBOOKS = ROOT / "scarcenet", sorted((ROOT / "nbs").glob("*.ipynb"))
-MODULES = sorted(f for f in LIBRARY.glob("*.py") if not f.name.startswith("_"))
+MODULES = sorted(f for f in LIBRARY.glob("*.py") if f.stem not in ("__init__", "_modidx"))
 LONGEST = 260           # lines of a module
 
 

@@ -25,7 +25,7 @@ from scarcenet.small_loss import keep_rate, select_small_loss
 from scarcenet.steps import scarce_step, supervised_step
 from scarcenet.teacher import ema_decay, ema_update
 from scarcenet.train import join_labels
-from scarcenet.views import OPERATIONS, STRONG, WEAK, cutout, half_body, photometric, sample_views
+from scarcenet.views import OPERATIONS, STRONG, WEAK, cutout, draw_operations, draw_squares, half_body, photometric, sample_views
 
 some = settings(max_examples=15, deadline=None, derandomize=True)
 seeds = st.integers(0, 2 ** 31)
@@ -198,24 +198,24 @@ def test_magnitudes_are_each_pictures_own(photos):
 def test_photometric(seed):
     pictures = (255 * torch.rand(60, 3, 16, 16, generator=seeded(1))).round()
     before = pictures.clone()
-    out = photometric(pictures, seeded(seed))
+    out = photometric(pictures, draw_operations(60, seeded(seed)))
     assert torch.equal(pictures, before)                                      # its argument is left alone
     assert out.min() >= 0 and out.max() <= 255 and torch.equal(out, out.round())
     # two draws at p 0.5, one of nine is the identity: (1 - 0.5 x 8/9)² = 0.31 stay as they are, up to operations without effect
     assert 0.1 < (out == before).flatten(1).all(1).float().mean() < 0.55
-    assert torch.equal(photometric(pictures, seeded(seed)), out) and not torch.equal(photometric(pictures, seeded(seed, 1)), out)
+    assert torch.equal(photometric(pictures, draw_operations(60, seeded(seed))), out) and not torch.equal(photometric(pictures, draw_operations(60, seeded(seed, 1))), out)
 
 
 @some
 @given(seeds)
 def test_cutout(seed):
     pictures = torch.zeros(80, 3, 64, 64)
-    out = cutout(pictures, seeded(seed))
+    out = cutout(pictures, draw_squares(80, seeded(seed)))
     assert set(out.unique().tolist()) <= {0.0, 127.0}
     covered = (out == 127).all(1).flatten(1).float().mean(1)
     assert 0.3 < (covered > 0).float().mean() < 0.7
     assert covered.max() <= 6 * 9 * 9 / 64 ** 2
-    assert not cutout(pictures, seeded(seed), p=0.0).any()
+    assert not cutout(pictures, draw_squares(80, seeded(seed), p=0.0)).any()
 
 
 # ---- heatmaps

@@ -1,0 +1,42 @@
+"""What each of several processes runs in test_processes.py: `python launched.py ZOO OUT`, started by accelerate's launcher or alone."""
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from scarcenet import train
+from scarcenet.coco import Labels, find_split, read_coco
+from scarcenet.config import Config
+from scarcenet.data import TrainingSet, load_canvases
+from scarcenet.labels import draw_labelled, reveal
+from scarcenet.processes import is_first, processes
+
+# where a gradient is nearly zero, Adam makes a step of the rate out of a rounding error: with a larger eps weights can be compared
+train.adam = lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr, eps=1e-2)
+# batch norms keep the statistics they begin with: those of half a batch are not those of the whole
+nn.BatchNorm2d.train = lambda self, mode=True: nn.Module.train(self, False)
+
+
+def main(zoo: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    poses = read_coco(*find_split(zoo, "train"))
+    poses = poses.subset(range(24))
+    config = Config(network="tiny", size=64, sigma=1.0, device="cpu", supervised_epochs=1, supervised_batch=8, views=2, epochs=1, batch=8,
+                    keep_epochs=1, keep_floor=0.5, agree_px=2.0, lr=1e-3, ema=0.9)
+    labels = Labels(*map(torch.as_tensor, reveal(poses, draw_labelled(poses, 1, seed=0))))
+    data = TrainingSet(poses.schema, load_canvases(poses.instances, config.size), labels)
+    kept = {"processes": processes()}
+    for epoch in train.fit(config, data):
+        place = f"{epoch.stage} {epoch.epoch}"
+        kept[f"{place} losses"] = [epoch.loss, epoch.supervised, epoch.consistency]
+        if epoch.record:
+            kept[f"{place} record"] = epoch.record._asdict()
+    kept |= {"pseudo": epoch.state.pseudo._asdict(), "steps": epoch.state.step,
+             "student": epoch.state.student.state_dict(), "teacher": epoch.state.teacher.state_dict()}
+    if is_first():
+        torch.save(kept, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
