@@ -40,6 +40,7 @@ class Canvases:
     affine: Tensor     # (N, 3, 3) image px -> canvas px
     crop: Tensor       # (N, 3, 3) image px -> view px of the plain crop
     size: int          # view px
+    mapped: bool = False    # the pixels lie in a file
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -51,7 +52,7 @@ class Canvases:
 
     def to(self, device) -> "Canvases":
         """The same, rendered on `device`; pixels that lie in a file stay there."""
-        pixels = self.pixels if self.pixels.untyped_storage().filename else self.pixels.to(device)
+        pixels = self.pixels if self.mapped else self.pixels.to(device)
         return replace(self, pixels=pixels, affine=self.affine.to(device), crop=self.crop.to(device))
 
     def fetch(self, index: Tensor) -> Tensor:
@@ -135,12 +136,12 @@ def load_canvases(instances: Sequence[Instance], size: int, jitter: Tensor | Non
         box[:, :2] += jitter * box[:, 2:]
     crop, canvas = crop_affine(box, size), crop_affine(box, 2 * size, padding=1.25 * REACH)
     shape = (len(instances), 3, 2 * size, 2 * size)
-    if np.prod(shape) <= limit_mb * 2 ** 20:
+    if mapped := np.prod(shape) > limit_mb * 2 ** 20:
+        pixels = _mapped(instances, canvas, size, cache.expanduser(), progress).view(shape)
+    else:
         pixels = torch.zeros(shape, dtype=torch.uint8)
         _decode(instances, canvas, size, lambda n, cut: pixels[n].copy_(cut), progress)
-    else:
-        pixels = _mapped(instances, canvas, size, cache.expanduser(), progress).view(shape)
-    return Canvases(pixels, canvas.float(), crop.float(), size)
+    return Canvases(pixels, canvas.float(), crop.float(), size, mapped)
 
 def _decode(instances: Sequence[Instance], canvas: Tensor, size: int, keep: Callable[[int, Tensor], object], progress: bool) -> None:
     """`keep(n, cut)` the canvas (3, 2 x size, 2 x size) of every instance n."""

@@ -63,8 +63,11 @@ class Fast(nn.Module):
         self.training = model.training
 
     def forward(self, pictures: Tensor) -> Tensor:
-        with torch.autocast(pictures.device.type, self.format, enabled=self.format != torch.float32):
+        if self.format == torch.float32:
             maps = self.model(pictures)
+        else:
+            with torch.autocast(pictures.device.type, self.format):
+                maps = self.model(pictures)
         return maps.to(torch.float32, copy=self.copy)      # a CUDA graph writes its next answer into the same memory
 
 def fast(model: nn.Module, config: Config, learns: bool = False) -> nn.Module:
