@@ -10,5 +10,5 @@ import sys
 
 from .cli import main
 
-if __name__ == "__main__":
+if __name__ == "__main__" and __package__:          # a notebook has that name, too, and no package
     sys.exit(main())

@@ -151,7 +151,7 @@ def bench(config: Config, seconds: float = 90) -> dict:
     times as long a loop takes; "peak_memory_mb".
     """
     with TemporaryDirectory() as folder:
-        subject = set_up(config, Path(folder) / "zoo", instances=max(2 * config.batch, 48))
+        subject = set_up(config, Path(folder) / "zoo", instances=2 * config.batch)
         device = subject.data.canvases.device
         step, whole = in_turns(works(subject), device, 0.6 * seconds), in_turns(passes(subject), device, 0.3 * seconds, least=2)
         loop = {name: in_turns(dict(zip(("batch", "loop"), both)), device, seconds / 30, least=3) for name, both in loops(subject).items()}
