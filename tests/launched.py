@@ -13,7 +13,7 @@ from scarcenet.labels import draw_labelled, reveal
 from scarcenet.processes import is_first, processes
 
 # where a gradient is nearly zero, Adam makes a step of the rate out of a rounding error: with a larger eps weights can be compared
-train.adam = lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr, eps=1e-2)
+train.adam = lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr, eps=1e-3)
 # batch norms keep the statistics they begin with: those of half a batch are not those of the whole
 nn.BatchNorm2d.train = lambda self, mode=True: nn.Module.train(self, False)
 
@@ -22,12 +22,14 @@ def main(zoo: Path, out: Path) -> None:
     torch.set_num_threads(1)
     poses = read_coco(*find_split(zoo, "train"))
     poses = poses.subset(range(24))
-    config = Config(network="tiny", size=64, sigma=1.0, device="cpu", supervised_epochs=1, supervised_batch=8, views=2, epochs=1, batch=8,
-                    keep_epochs=1, keep_floor=0.5, agree_px=2.0, lr=1e-3, ema=0.9)
+    config = Config(network="tiny", size=64, sigma=1.0, device="cpu", supervised_epochs=1, supervised_batch=8, views=2, epochs=3, batch=24,
+                    keep_epochs=2, keep_floor=0.5, agree_px=2.0, lr=1e-3, ema=0.9)
     labels = Labels(*map(torch.as_tensor, reveal(poses, draw_labelled(poses, 1, seed=0))))
     data = TrainingSet(poses.schema, load_canvases(poses.instances, config.size), labels)
     kept = {"processes": processes()}
     for epoch in train.fit(config, data):
+        if epoch.stage == "supervised":
+            kept["before"] = {name: weight.clone() for name, weight in epoch.state.student.state_dict().items()}
         place = f"{epoch.stage} {epoch.epoch}"
         kept[f"{place} losses"] = [epoch.loss, epoch.supervised, epoch.consistency]
         if epoch.record:
