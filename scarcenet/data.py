@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from .affine import crop_affine, invert, warp
+from .affine import constant, crop_affine, invert, warp
 from .coco import Instance, Labels
 from .files import atomic
 from .processes import first_before_others
@@ -57,7 +57,7 @@ class Canvases:
 
     def fetch(self, index: Tensor) -> Tensor:
         """The canvases of instances `index` (B,), on the device: (B, 3, C, C) uint8."""
-        rows = self.pixels[index.to(self.pixels.device)]
+        rows = self.pixels[index.to(self.pixels.device, non_blocking=True)]
         pinned = self.device.type == "cuda" and not rows.is_cuda      # page-locked memory crosses the bus while the GPU goes on
         return (rows.pin_memory() if pinned else rows).to(self.device, non_blocking=True)
 
@@ -188,7 +188,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def normalise(pictures: Tensor) -> Tensor:
     """Grey values 0 ... 255 (B, 3, H, W) -> the network's input, zero mean and unit deviation over ImageNet."""
-    mean, std = (torch.tensor(c, device=pictures.device).view(3, 1, 1) * 255 for c in (MEAN, STD))
+    mean, std = (constant(c, pictures).view(3, 1, 1) * 255 for c in (MEAN, STD))
     return (pictures - mean) / std
 
 # %% ../nbs/05_data.ipynb #batch
@@ -215,7 +215,7 @@ def make_batch(canvases: Canvases, labels: Labels, index: Tensor, schema: Keypoi
     `part`: the rows of the batch that are made, where several processes share it; what they draw is the whole batch's.
     `pixels`: `canvases.fetch(index[part])`, if that has been done.
     """
-    size, n, index = canvases.size, len(index), index.to(canvases.device)
+    size, n, index = canvases.size, len(index), index.to(canvases.device, non_blocking=True)
     xy, weight, labelled = (t[index] for t in labels)
     crop = half_body(canvases.crop[index], xy, weight, schema, size, rng, p_half)
     views = [sample_views(crop, strong, size, rng)]

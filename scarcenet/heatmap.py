@@ -11,6 +11,8 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
+from .affine import constant
+
 # %% ../nbs/07_heatmap.ipynb #encode
 def _hill(x: Tensor, top: Tensor, middle: Tensor, sigma: float, reach: int) -> Tensor:
     """One row of the map: a Gaussian around `top` at the pixels `x`, cut off `reach` pixels from `middle`."""
@@ -30,7 +32,7 @@ def encode(xy: Tensor, weight: Tensor, size: tuple[int, int], stride: float = 4,
     reach = int(3 * sigma)
     axis = [_hill(torch.arange(n, dtype=xy.dtype, device=xy.device), top[..., i, None], middle[..., i, None], sigma, reach)
             for i, n in ((0, size[1]), (1, size[0]))]
-    edge = torch.tensor([size[1], size[0]], dtype=xy.dtype, device=xy.device)
+    edge = constant((size[1], size[0]), xy)
     inside = ((middle - reach < edge) & (middle + reach + 1 >= 0)).all(-1)
     seen = inside & (weight > 0)
     maps = axis[1][..., :, None] * axis[0][..., None, :]              # separable: (B, K, h, 1) x (B, K, 1, w)
@@ -72,7 +74,7 @@ def quarter_step(heatmaps: Tensor, pixel: Tensor) -> Tensor:
     """A quarter of a heatmap px towards the higher neighbour, for pixels with 1 < x < w - 1 and 1 < y < h - 1 (the method's)."""
     h, w = heatmaps.shape[-2:]
     before, _, after = _cross(heatmaps, pixel)
-    edge = torch.tensor([w - 1, h - 1], device=pixel.device)
+    edge = constant((w - 1, h - 1), pixel)
     inner = ((pixel > 1) & (pixel < edge)).all(-1, keepdim=True)
     return 0.25 * torch.sign(after - before) * inner
 
@@ -82,7 +84,7 @@ def parabola_step(heatmaps: Tensor, pixel: Tensor) -> Tensor:
     h, w = heatmaps.shape[-2:]
     before, peak, after = (v.clamp(min=1e-6).log() for v in _cross(heatmaps, pixel))
     bend = before - 2 * peak + after
-    edge = torch.tensor([w - 1, h - 1], device=pixel.device)
+    edge = constant((w - 1, h - 1), pixel)
     inner = (pixel > 0) & (pixel < edge) & (bend < 0)
     return torch.where(inner, 0.5 * (before - after) / bend.clamp(max=-1e-6), 0.0).clamp(-0.5, 0.5)
 

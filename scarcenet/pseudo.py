@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
-from .affine import apply, invert, mirror, mirrored, swap_sides, warp
+from .affine import apply, constant, invert, mirror, mirrored, swap_sides, warp
 from .data import Canvases, normalise
 from .heatmap import Keypoints, decode
 from .processes import gather, is_first, processes, share
@@ -39,7 +39,7 @@ def multi_views(crop: Tensor, size: int, rng: Generator, count: int = 5) -> Tens
     scale = 1 + 0.25 * torch.randn(count - 1, n, generator=rng).clamp(-1, 1)
     degrees = 30 * torch.randn(count - 1, n, generator=rng).clamp(-2, 2)
     still = torch.zeros(n, dtype=torch.bool, device=crop.device)
-    turned = [jitter(crop, s.to(crop), d.to(crop), still, size) for s, d in zip(scale, degrees)]
+    turned = [jitter(crop, s.to(crop, non_blocking=True), d.to(crop, non_blocking=True), still, size) for s, d in zip(scale, degrees)]
     return with_mirrors(torch.stack([crop, *turned]), size)
 
 # %% ../nbs/08_pseudo.ipynb #carry
@@ -49,7 +49,7 @@ def carry_maps(maps: Tensor, source: Tensor, target: Tensor, swap: list[int], si
     Bilinear, 0 where the source saw nothing; where just one of the two views is mirrored, sides are exchanged.
     """
     stride = size / maps.shape[-1]
-    shrink = torch.diag(target.new_tensor([1 / stride, 1 / stride, 1]))                # view px -> heatmap px
+    shrink = torch.diag(constant((1 / stride, 1 / stride, 1), target))                 # view px -> heatmap px
     moved = warp(maps, shrink @ target @ invert(source) @ invert(shrink), maps.shape[-2:])
     return swap_sides(moved, mirrored(source) != mirrored(target), swap)
 
@@ -94,7 +94,7 @@ def locate(model: nn.Module, canvases: Canvases, make_views: Callable[[Tensor], 
     parts, found = order[share(len(order))].split(max(1, batch // len(everyone))), []
     bar = tqdm(parts, progress, disable=not (progress and is_first()), leave=False)
     for index, pixels in zip(bar, canvases.fetched(parts)):
-        index = index.to(canvases.device)
+        index = index.to(canvases.device, non_blocking=True)
         crop, views = canvases.crop[index], everyone[:, index]
         maps = average_views(model, look(canvases, index, views, lean, pixels), views, crop, swap)
         seen = decode(maps, canvases.size / maps.shape[-1], refine)

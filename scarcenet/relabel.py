@@ -11,7 +11,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from .affine import transfer
+from .affine import constant, transfer
 
 # %% ../nbs/10_relabel.ipynb #decision
 class Decision(IntEnum):
@@ -56,5 +56,5 @@ def relabel(xy: Tensor, prediction: Tensor, decision: Tensor) -> Tensor:
 
 def loss_weight(decision: Tensor, truth: float = 2.0) -> Tensor:
     """The weight (B, K) of each keypoint in the supervised loss: a look-up in its `Decision`."""
-    table = torch.tensor([0.0, 1.0, 1.0, truth, 0.0], device=decision.device)     # IGNORED is -1: the last entry
+    table = constant((0.0, 1.0, 1.0, truth, 0.0), decision, torch.float32)     # IGNORED is -1: the last entry
     return table[decision]

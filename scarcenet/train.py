@@ -70,7 +70,7 @@ class Engine(NamedTuple):
 def make_engine(config: Config, state: State) -> Engine:
     """Networks that share their weights with the state's."""
     student, teacher = fast(state.student, config, learns=True), fast(state.teacher, config)
-    return Engine(student, teacher, torch.amp.GradScaler(enabled=student.format == torch.float16))
+    return Engine(student, teacher, torch.amp.GradScaler(next(student.parameters()).device.type, enabled=student.format == torch.float16))
 
 def _descend(engine: Engine, optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
     optimiser.zero_grad(set_to_none=True)

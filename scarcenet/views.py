@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from .affine import mirror, similarity
+from .affine import constant, mirror, similarity
 from .schema import KeypointSchema
 
 # %% ../nbs/04_views.ipynb #geometry
@@ -44,7 +44,8 @@ def sample_views(crop: Tensor, geometry: Geometry, size: int, rng: Generator) ->
     degrees = geometry.rotation * torch.randn(n, generator=rng).clamp(-2, 2)
     degrees = degrees * (torch.rand(n, generator=rng) < geometry.p_rotate)
     flip = torch.rand(n, generator=rng) < geometry.p_flip
-    return jitter(crop, scale.to(crop), degrees.to(crop), flip.to(crop.device), size)
+    sent = (d.to(crop.device, non_blocking=True) for d in (scale.to(crop.dtype), degrees.to(crop.dtype), flip))
+    return jitter(crop, *sent, size)
 
 # %% ../nbs/04_views.ipynb #half
 def half_body(crop: Tensor, xy: Tensor, weight: Tensor, schema: KeypointSchema, size: int, rng: Generator, p: float = 0.3) -> Tensor:
@@ -58,12 +59,12 @@ def half_body(crop: Tensor, xy: Tensor, weight: Tensor, schema: KeypointSchema, 
     chosen, front = torch.rand(n, generator=rng) < p, torch.rand(n, generator=rng) < 0.69
     if not schema.upper:
         return crop
-    has, front = weight > 0, front.to(weight.device)
-    upper = torch.tensor([i in schema.upper for i in range(k)], device=has.device)
+    has, front, chosen = weight > 0, front.to(weight.device, non_blocking=True), chosen.to(weight.device, non_blocking=True)
+    upper = constant(tuple(i in schema.upper for i in range(k)), has)
     front = front & ((has & upper).sum(1) > 2)
     half = has & torch.where(front[:, None], upper, ~upper)                        # (B, K)
     centre, side = _around(xy, half)
-    fit = chosen.to(has.device) & (has.sum(1) > 8) & (half.sum(1) > 2) & (side > 0)
+    fit = chosen & (has.sum(1) > 8) & (half.sum(1) > 2) & (side > 0)
     side = torch.where(fit, 1.5 * side, 1.0)
     return torch.where(fit[:, None, None], similarity(centre, side, torch.zeros_like(side), size), crop)
 
@@ -125,8 +126,8 @@ def photometric(pictures: Tensor, plan: Tensor) -> Tensor:
         for i, operation in enumerate(OPERATIONS.values()):     # the plan is on the CPU: no waiting for the device
             rows = (choice == i).nonzero()[:, 0]
             if len(rows):
-                here = rows.to(pictures.device)
-                pictures[here] = operation(pictures[here], v[rows].to(pictures))
+                here, strength = rows.to(pictures.device, non_blocking=True), v[rows].to(pictures, non_blocking=True)
+                pictures[here] = operation(pictures[here], strength)
     return pictures
 
 # %% ../nbs/04_views.ipynb #cutout
@@ -140,7 +141,7 @@ def draw_squares(n: int, rng: Generator, squares: int = 6, p: float = 0.5) -> Te
 def cutout(pictures: Tensor, at: Tensor, side: float = 1 / 8) -> Tensor:
     """Pictures (B, 3, H, W) with grey squares (127) of `side` x their width around `at` (B, squares, 2), which `draw_squares` made."""
     h, w = pictures.shape[-2:]
-    at, half = (at * torch.tensor([w, h])).to(pictures.device)[..., None], side * w / 2
+    at, half = (at * torch.tensor([w, h])).to(pictures.device, non_blocking=True)[..., None], side * w / 2
     x, y = ((torch.arange(m, device=pictures.device) - at[:, :, i]).abs() <= half for i, m in ((0, w), (1, h)))
     covered = y.mT.to(pictures) @ x.to(pictures) > 0                             # (B, H, W): by how many squares
     return torch.where(covered[:, None], 127.0, pictures)
