@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .affine import apply, constant, invert, mirror, mirrored, swap_sides, warp
 from .data import Canvases, normalise
 from .heatmap import Keypoints, decode
-from .processes import gather, is_first, processes, share
+from .processes import gather_rows, is_first, own_rows, processes
 from .views import jitter
 
 # %% ../nbs/08_pseudo.ipynb #views
@@ -91,7 +91,7 @@ def locate(model: nn.Module, canvases: Canvases, make_views: Callable[[Tensor], 
     was_training, n, everyone = model.training, len(canvases), make_views(canvases.crop)
     model.eval()
     order = torch.arange(-(-n // processes()) * processes()) % n          # equal shares: a few instances may be asked twice
-    parts, found = order[share(len(order))].split(max(1, batch // len(everyone))), []
+    parts, found = order[own_rows(len(order))].split(max(1, batch // len(everyone))), []
     bar = tqdm(parts, progress, disable=not (progress and is_first()), leave=False)
     for index, pixels in zip(bar, canvases.fetched(parts)):
         index = index.to(canvases.device, non_blocking=True)
@@ -100,7 +100,7 @@ def locate(model: nn.Module, canvases: Canvases, make_views: Callable[[Tensor], 
         seen = decode(maps, canvases.size / maps.shape[-1], refine)
         found.append(Keypoints(apply(invert(crop), seen.xy), seen.score))
     model.train(was_training)
-    return Keypoints(*(gather(torch.cat(part))[:n] for part in zip(*found)))
+    return Keypoints(*(gather_rows(torch.cat(part))[:n] for part in zip(*found)))
 
 # %% ../nbs/08_pseudo.ipynb #cut
 def confidence_cut(score: Tensor, drop: float = 0.4) -> Tensor:

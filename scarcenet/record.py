@@ -18,7 +18,7 @@ from torch import Tensor
 from .coco import Labels, PoseSet
 from .files import atomic
 from .heatmap import Keypoints
-from .processes import gather, processes
+from .processes import gather_rows, processes
 from .relabel import relabel
 
 # %% ../nbs/13_record.ipynb #record
@@ -44,7 +44,7 @@ def join_records(parts: list[Record]) -> Record:
 def gather_record(record: Record, steps: int) -> Record:
     """The visits of an epoch of so many steps by all processes, step by step, as one process would have had them."""
     def whole(rows: Tensor) -> Tensor:
-        return gather(rows).unflatten(0, (processes(), steps, -1)).transpose(0, 1).flatten(0, 2)
+        return gather_rows(rows).unflatten(0, (processes(), steps, -1)).transpose(0, 1).flatten(0, 2)
     return Record(*map(whole, record)) if processes() > 1 else record
 
 def by_instance(record: Record) -> Record:

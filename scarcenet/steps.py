@@ -17,7 +17,7 @@ from .affine import from_view, mirrored, swap_sides, to_view
 from .config import Config
 from .data import Batch
 from .heatmap import decode, encode, heatmap_loss, keypoint_loss, parabola_step
-from .processes import gather, share
+from .processes import gather_rows, own_rows
 from .pseudo import carry_maps
 from .relabel import Decision, agreement_distance, agreement_offset, decide, loss_weight, relabel
 from .schema import KeypointSchema
@@ -90,8 +90,8 @@ def scarce_step(student: nn.Module, teacher: nn.Module, batch: Batch, epoch: int
     maps, inside = draw(batch.xy, torch.ones_like(batch.weight))                     # labels that were cut, too: the loss is kept for later questions
     label_loss = swap_sides(keypoint_loss(prediction.detach(), maps, inside), flipped, swap)
     comparable = swap_sides(inside > 0, flipped, swap) & (has_label | ~labelled)
-    keep, everyone = keep_rate(epoch, rules.keep_epochs, rules.keep_floor), [gather(t) for t in (label_loss, comparable & has_label)]
-    reliable = select_small_loss(*everyone, keep)[share(len(everyone[0]))]           # of the whole batch, whoever shares it
+    keep, everyone = keep_rate(epoch, rules.keep_epochs, rules.keep_floor), [gather_rows(t) for t in (label_loss, comparable & has_label)]
+    reliable = select_small_loss(*everyone, keep)[own_rows(len(everyone[0]))]           # of the whole batch, whoever shares it
     label_loss = torch.where(comparable, label_loss, torch.nan)
 
     # 2. does it agree with itself?

@@ -21,7 +21,7 @@ from .config import Config
 from .data import Batch, TrainingSet, batches, make_batch, seeded
 from .heatmap import Keypoints
 from .machine import fast, keep_pages
-from .processes import is_first, mean, processes, share
+from .processes import is_first, mean_of_all, own_rows, processes
 from .pseudo import confidence_cut, locate, multi_views
 from .record import Record, gather_record, join_records
 from .run import State, adam, start
@@ -101,7 +101,7 @@ def same_statistics(*models: nn.Module) -> None:
     """Of several processes, whose batch norms have seen different pictures: the mean of their statistics, in all of them."""
     if processes() > 1:
         for buffer in (b for model in models for b in model.buffers() if b.is_floating_point()):
-            buffer.copy_(mean(buffer))
+            buffer.copy_(mean_of_all(buffer))
 
 # %% ../nbs/13_train.ipynb #epochs
 class Plan(NamedTuple):
@@ -116,7 +116,7 @@ class Plan(NamedTuple):
 
 # %% ../nbs/13_train.ipynb #loop
 def _epochs(config: Config, data: TrainingSet, labels: Labels, state: State, plan: Plan, learn: Callable, progress: bool) -> Iterator[Epoch]:
-    canvases, stage, engine, mine = data.canvases, state.stage, make_engine(config, state), share(plan.batch)
+    canvases, stage, engine, mine = data.canvases, state.stage, make_engine(config, state), own_rows(plan.batch)
     steps = -(-len(plan.index) * plan.repeat // plan.batch)
     bar = tqdm(total=plan.epochs * steps, initial=state.epoch * steps, desc=stage, disable=not (progress and is_first()), leave=False)
     while state.epoch < plan.epochs:
@@ -136,7 +136,7 @@ def _epochs(config: Config, data: TrainingSet, labels: Labels, state: State, pla
             bar.update()
         state.epoch += 1
         same_statistics(state.student, state.teacher)
-        yield Epoch(state, stage, state.epoch, plan.epochs, *mean(losses / steps).tolist(), rate,
+        yield Epoch(state, stage, state.epoch, plan.epochs, *mean_of_all(losses / steps).tolist(), rate,
                     time.perf_counter() - began, gather_record(join_records(records), steps) if records else None)
     bar.close()
 

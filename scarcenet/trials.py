@@ -25,7 +25,7 @@ from .files import read_json, write_json
 from .heatmap import Keypoints, parabola_step, quarter_step
 from .labels import draw_labelled, labelled_families, read_corrected, read_id_list, reveal, with_bare
 from .machine import describe, fast, peak_rss_mb, pick_device
-from .processes import first_before_others, is_first, share, wait_for_all
+from .processes import first_before_others, is_first, own_rows, wait_for_all
 from .pseudo import flip_views, locate
 from .record import Record, by_instance, open_ledger, write_epoch, write_labels
 from .relabel import Decision
@@ -64,7 +64,7 @@ def gather(config: Config, zoo: Path, progress: bool = False) -> Material:
     """Read a set's splits, draw the labelled instances and decode the pictures: all, or without stage 3 only theirs. `zoo`: where the embedded set is written."""
     device = pick_device(config.device)
     for batch in (config.supervised_batch, config.batch):
-        share(batch)                            # refuses what several processes cannot share, before anything is read
+        own_rows(batch)                            # refuses what several processes cannot share, before anything is read
     with first_before_others():
         root = write_zoo(zoo) if config.data == "zoo" else Path(config.data)
     train, val, test = (read_coco(*find_split(root, name, config.split)) for name in ("train", "val", "test"))

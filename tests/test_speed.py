@@ -1,4 +1,5 @@
 """Nothing waits for what it need not wait for: no copy to the host, no file read twice, no cost that grows faster than the data."""
+import os
 import subprocess
 import sys
 import time
@@ -262,6 +263,23 @@ def test_compiled():
     plain, compiled, resumed = ends.values()
     assert compiled[0] == pytest.approx(plain[0], rel=1e-3) and (compiled[1] == plain[1]).float().mean() > 0.97
     assert all(torch.equal(a, b) for a, b in zip(compiled[2], resumed[2]))
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(tmp_path):
+    """On a machine without a C++ compiler, say."""
+    program = """
+import torch
+from torch import nn
+from scarcenet.machine import Fast
+model, pictures = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 3, padding=1)), torch.randn(2, 3, 32, 32)
+fast = Fast(model, mode="default")
+assert torch.equal(fast.eval()(pictures), model.eval()(pictures))
+fast.train()(pictures).square().sum().backward()
+assert model[0].weight.grad.abs().sum() > 0
+"""
+    nowhere = os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=nowhere, capture_output=True, text=True)
+    assert done.returncode == 0 and "No working C++ compiler" in done.stderr, done.stderr[-2000:]
 
 
 # ---- on a GPU
