@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'DIFFERENCES', 'JUDGED', 'STAGE_3', 'equally_long', 'row_columns', 'rate_epochs', 'label_columns', 'Cell',
-           'grid_cells', 'read_grid', 'add_row', 'until_stage_3', 'begin', 'train_grid', 'ablate']
+           'grid_cells', 'read_grid', 'add_row', 'until_stage_3', 'begin', 'stretch', 'train_grid', 'ablate']
 
 # %% ../nbs/13_worth.ipynb #imports
 import fcntl
@@ -137,6 +137,13 @@ def begin(config: Config, material: Material, file: Path, settings: Config, prog
         save_checkpoint(file, begin_scarce(config, material.data, state, progress))
     return load_checkpoint(file, settings, material.data)
 
+# %% ../nbs/13_worth.ipynb #stretch
+def stretch(base: Config, config: Config, poses: PoseSet) -> Config:
+    """`base`, which has another number of labels than `config`, with its labelled repeated so that its stages are as long."""
+    few, own = (int(known_labels(replace(c, seed=base.seed), poses).labelled.sum()) for c in (base, config))
+    longer = {name: max(1, round(getattr(config, name) * own / few)) for name in ("supervised_repeat", "labelled_repeat")}
+    return replace(base, **longer)
+
 # %% ../nbs/13_worth.ipynb #run-grid
 def train_grid(config: Config, folder: Path, file: Path, cells: Sequence[Cell], methods: Mapping[str, dict], progress: bool = False) -> Iterator[dict]:
     """Train every cell that has no row in `file` yet, and yield its new row (`row_columns`); checkpoints of stages 1 and 2 stay in `folder`.
@@ -150,10 +157,12 @@ def train_grid(config: Config, folder: Path, file: Path, cells: Sequence[Cell], 
         if cell in read_grid(file):
             continue
         base = replace(config, seed=cell.seed, labels=config.labels if config.families else cell.labels)
-        settings = replace(base, **methods[cell.method])
-        early = until_stage_3(settings, base)
+        early = until_stage_3(replace(base, **methods[cell.method]), base)
         if early != current:
             current, material = early, gather(early, folder / "zoo", progress)
+        base = stretch(base, config, material.train)
+        settings = replace(base, **methods[cell.method])
+        early = until_stage_3(settings, base)
         columns = row_columns(material.test, config)
         read_grid(file, columns)                # before the hours, not after
         began = time.perf_counter()

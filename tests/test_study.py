@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from scarcenet import cli, study as library
-from scarcenet.ablation import STAGE_3, Cell, add_row, equally_long, grid_cells, read_grid, row_columns, until_stage_3
+from scarcenet.ablation import STAGE_3, Cell, add_row, equally_long, grid_cells, read_grid, row_columns, stretch, until_stage_3
 from scarcenet.coco import find_split, read_coco
 from scarcenet.config import ORIGINAL, PRESETS, Config
 from scarcenet.study import STUDY, study
@@ -87,6 +87,15 @@ def test_as_many_steps(config):
         longer = equally_long(replace(base, **STUDY[method]), base, poses)
         steps = longer.supervised_epochs * -(-labelled * repeat // 8)
         assert longer.epochs == 0 and total <= steps < total + -(-labelled * repeat // 8), method
+
+
+def test_fewer_labels_are_shown_more_often(config):
+    """All numbers of labels have stages of about the same length; where the number is the configuration's own, nothing changes."""
+    poses, own = read_coco(*find_split(config.data, "train")), replace(config, labels="3", supervised_repeat=4, labelled_repeat=2)
+    assert stretch(own, own, poses) == own
+    one = stretch(replace(own, labels="1"), own, poses)                 # 8 labelled instead of 24
+    assert (one.supervised_repeat, one.labelled_repeat) == (12, 6)
+    assert stretch(own, one, poses).supervised_repeat == 4              # and back
 
 
 def test_every_field_has_its_stage():
