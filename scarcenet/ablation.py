@@ -8,7 +8,6 @@ __all__ = ['METHODS', 'DIFFERENCES', 'JUDGED', 'STAGE_3', 'equally_long', 'row_c
 
 # %% ../nbs/13_worth.ipynb #imports
 import fcntl
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -167,8 +166,8 @@ def train_grid(config: Config, folder: Path, file: Path, cells: Sequence[Cell], 
         read_grid(file, columns)                # before the hours, not after
         began = time.perf_counter()
         if settings.epochs:
-            name = re.sub(r"\W+", "_", f"{cell.labels} {cell.seed}" + (f" {cell.method}" if early != base else ""))
-            state = begin(early, material, folder / f"stage1-{name}.safetensors", settings, progress)
+            about = [cell.labels] * (base.labels != config.labels) + [str(cell.seed)] + [cell.method] * (early != base)
+            state = begin(early, material, folder / f"stage1-{'-'.join(about)}.safetensors", settings, progress)
             began = time.perf_counter()
         else:
             settings, state = equally_long(settings, base, material.train), None

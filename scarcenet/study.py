@@ -17,7 +17,7 @@ from .evaluate import format_table
 
 # %% ../nbs/16_study.ipynb #methods
 # what the published implementation decides, its constants included; the network, the views and all that is counted in epochs or steps is the study's
-RULES = ("centre_jitter", "views", "mirror_lean", "drop", "keep_floor", "agree_px", "agree_bias", "mixed_sides", "truth_weight", "consistency",
+RULES = ("centre_jitter", "mirror_lean", "drop", "keep_floor", "agree_px", "agree_bias", "mixed_sides", "truth_weight", "consistency",
          "consistency_confident", "consistency_soft", "live_bn", "rounded")
 STUDY: dict[str, dict] = METHODS | {
     "original": {name: getattr(ORIGINAL, name) for name in RULES} | dict(milestones=(10**6,)),                # its rate never falls

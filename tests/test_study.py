@@ -43,7 +43,7 @@ def test_rows(whole, config):
         assert row["selected_AP"] == row["teacher_AP"] or row["selected_epoch"] != 1
         assert 0 <= row["teacher_PCK"] <= 1 and all(f"{c}_PCK" in row for c in set(test.column("category")))
     # the original has a stage 1 of its own, the others share one, the rivals need none
-    assert sorted(f.name for f in folder.glob("stage1*")) == ["stage1-1_0.safetensors", "stage1-1_0_original.safetensors"]
+    assert sorted(f.name for f in folder.glob("stage1*")) == ["stage1-0-original.safetensors", "stage1-0.safetensors"]
 
 
 def test_stopped_and_continued(whole, config, tmp_path, monkeypatch):
