@@ -61,7 +61,7 @@ def rate_epochs(epochs: Iterable[Epoch], material: Material, config: Config) -> 
 
     Val is looked at every `config.evaluate_every` epochs, and after the last. Without a teacher it is the student that counts.
     With the last teacher's scores go those by category, and on the families that are not in `config.families`; with the last
-    epoch's record, the share of the annotated unlabelled keypoints that were decided so, and of right targets among them.
+    epoch's record, the share of the annotated keypoints that were decided so, and of right targets among them.
     """
     score = lambda model, split: evaluate_network(model, getattr(material, split), material.canvases[split], config)
     best = float("-inf")
