@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'Preset', 'Resume', 'COMMANDS', 'watched', 'resumable', 'demo', 'tell', 'zoo', 'check', 'train', 'evaluate',
-           'pseudo', 'ablate', 'later', 'main']
+           'pseudo', 'ablate', 'study', 'later', 'main']
 
 # %% ../nbs/17_cli.ipynb #imports
 import sys
@@ -25,6 +25,7 @@ from .measuring import bench
 # %% ../nbs/17_cli.ipynb #helpers
 ABOUT = {"original": "what the published implementation computes, quirks included: HRNet-W32, days on a CPU, hours on a GPU",
          "demo": "a small network on the embedded animals: minutes on two CPU cores",
+         "animals": "demo's network on photographs, 25 labelled of each species; their folder is named with --data: a quarter of an hour on a CPU core",
          **{f"ap10k-{n}": f"AP-10K with {n} labelled pictures of each species; its folder is named with --data" for n in (5, 10, 15, 20, 25)},
          "ap10k-transfer": "AP-10K with every Bovidae labelled and no other family"}
 Preset = tyro.conf.OmitArgPrefixes[tyro.extras.subcommand_type_from_defaults(PRESETS, ABOUT, prefix_names=False)]
@@ -206,21 +207,35 @@ def ablate(config: Preset, out: Path, seeds: tuple[int, ...] = (0, 1, 2), differ
         differences: instead of the parts, the choices in which the original differs, one at a time
         resume: keep the rows that are there already, and go on
     """
-    import numpy as np
+    from scarcenet.ablation import DIFFERENCES, METHODS, ablate as run_ablation
     from scarcenet.evaluate import format_table
     from scarcenet.run import open_run
-    from scarcenet.ablation import DIFFERENCES, METHODS, ablate as run_ablation
+    from scarcenet.study import COLUMNS, summary
     with resumable(open_run(out, config, resume)):
         rows = list(run_ablation(config, out, seeds, DIFFERENCES if differences else METHODS, progress=watched()))
-    table, columns = {}, ("student_AP", "teacher_AP", "student_PCK", "teacher_PCK")
-    for method in dict.fromkeys(r["method"] for r in rows):
-        mine = {c: np.array([float(r[c]) for r in rows if r["method"] == method]) for c in columns}
-        table[method] = {c: f"{v.mean():.3f}" + (f" ± {v.std(ddof=1):.3f}" if len(v) > 1 else "") for c, v in mine.items()} | {"seeds": len(mine["student_AP"])}
-    print(format_table(table, (*columns, "seeds"), "test split"))
+    for who in ("student", "teacher"):
+        print(format_table(summary(rows, rows[0]["labels"], who), COLUMNS, f"{who}, test split") + "\n")
     print(f"rows: {out / 'ablation.csv'}")
 
+# %% ../nbs/17_cli.ipynb #study
+def study(config: Preset, out: Path, counts: tuple[int, ...] = (5, 10, 25), seeds: tuple[int, ...] = (0, 1, 2), methods: tuple[str, ...] = (), resume: Resume = False) -> None:
+    """Train methods x numbers of labels x seeds, one row of study.csv for each; print mean ± deviation on the test split.
+
+    Args:
+        out: folder for study.csv and the stage 1 of each draw; must be new, or empty
+        counts: labelled pictures of each category; replaces --labels. With --families, these are labelled instead
+        seeds: each draws its own labelled pictures; replaces --seed
+        methods: supervised, all pseudo-labels, + small loss, + re-labelling, + consistency, original, all labels; without it, all of them
+        resume: keep the rows that are there already, and go on
+    """
+    from scarcenet.run import open_run
+    from scarcenet.study import STUDY, tell_study
+    with resumable(open_run(out, config, resume)):
+        for line in tell_study(config, out, counts, seeds, methods or tuple(STUDY), progress=watched()):
+            print(line, flush=True)
+
 # %% ../nbs/17_cli.ipynb #main
-COMMANDS = {"demo": demo, "zoo": zoo, "check": check, "train": train, "eval": evaluate, "pseudo": pseudo, "ablate": ablate,
+COMMANDS = {"demo": demo, "zoo": zoo, "check": check, "train": train, "eval": evaluate, "pseudo": pseudo, "ablate": ablate, "study": study,
             "bench": bench, "explain": explain, "report": report, "accepted": accepted}
 
 def later(command: Callable) -> Callable:

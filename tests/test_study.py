@@ -1,0 +1,192 @@
+"""A grid on a tiny zoo: whole, stopped and continued, on the other side of a family; and what it says about bad input."""
+from dataclasses import replace
+
+import pytest
+
+from scarcenet import cli, study as library
+from scarcenet.ablation import STAGE_3, Cell, add_row, equally_long, grid_cells, read_grid, row_columns, stretch, until_stage_3
+from scarcenet.coco import find_split, read_coco
+from scarcenet.config import ORIGINAL, PRESETS, Config
+from scarcenet.study import STUDY, study
+
+METHODS = ("supervised", "+ consistency", "original", "all labels")
+
+
+@pytest.fixture(scope="module")
+def config(zoo):
+    return Config(data=str(zoo), labels="1", device="cpu", network="tiny", size=32, sigma=1.0, supervised_epochs=1, supervised_milestones=(), supervised_batch=8,
+                  epochs=1, milestones=(), views=1, batch=8, evaluate_every=1)
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """A finished grid: one number of labels, one seed, four methods."""
+    folder = tmp_path_factory.mktemp("study")
+    return folder, list(study(config, folder, (1,), (0,), METHODS))
+
+
+def numbers(row) -> dict:
+    """A row without what the clock says."""
+    return {k: str(v) for k, v in row.items() if k != "seconds"}
+
+
+def test_rows(whole, config):
+    folder, rows = whole
+    there = read_grid(folder / "study.csv")
+    assert list(there) == [Cell("1", 0, m) for m in METHODS]
+    test = read_coco(*find_split(config.data, "test"))
+    for row, written in zip(rows, there.values()):
+        assert tuple(written) == row_columns(test, config) and numbers(row) == numbers(written)
+    for method, row in zip(METHODS, rows):
+        stage_3 = method in ("+ consistency", "original")
+        assert all((row[f"{d}_coverage"] != "") == stage_3 for d in ("pseudo", "reliable", "reusable"))
+        assert row["selected_AP"] == row["teacher_AP"] or row["selected_epoch"] != 1
+        assert 0 <= row["teacher_PCK"] <= 1 and all(f"{c}_PCK" in row for c in set(test.column("category")))
+    # the original has a stage 1 of its own, the others share one, the rivals need none
+    assert sorted(f.name for f in folder.glob("stage1*")) == ["stage1-0-original.safetensors", "stage1-0.safetensors"]
+
+
+def test_stopped_and_continued(whole, config, tmp_path, monkeypatch):
+    """Interrupted in its third training and missing a row of the first two, it ends with the same rows."""
+    calls, real = [], library.train_grid.__globals__["rate_epochs"]
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setitem(library.train_grid.__globals__, "rate_epochs", stop)
+    with pytest.raises(KeyboardInterrupt):
+        list(study(config, tmp_path, (1,), (0,), METHODS))
+    monkeypatch.setitem(library.train_grid.__globals__, "rate_epochs", real)
+    file = tmp_path / "study.csv"
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) == 3 and not list(tmp_path.glob("*.part"))
+    file.write_text(lines[0] + lines[2])
+    list(study(config, tmp_path, (1,), (0,), METHODS))
+    there, expected = read_grid(file), read_grid(whole[0] / "study.csv")
+    assert {c: numbers(r) for c, r in there.items()} == {c: numbers(r) for c, r in expected.items()}
+    assert list(study(config, tmp_path, (1,), (0,), METHODS)) == []                     # finished: nothing is trained again
+
+
+def test_transfer(config, tmp_path):
+    """One family is labelled; the counts have no meaning; the others are rated apart."""
+    there = replace(config, families=("Bovidae",))
+    rows = list(study(there, tmp_path, (5, 10), (0,), ("supervised", "all labels")))
+    assert [(r["labels"], r["method"]) for r in rows] == [("Bovidae", "supervised"), ("Bovidae", "all labels")]
+    assert all(0 <= r["other_families_PCK"] <= 1 for r in rows)
+
+
+def test_as_many_steps(config):
+    """The rivals have at least as many gradient steps as all stages together, and less than an epoch more."""
+    poses = read_coco(*find_split(config.data, "train"))
+    base = replace(config, supervised_repeat=3, labelled_repeat=2, epochs=4)
+    few = 8                                                             # one picture of each of eight species, one animal on each
+    total = 3 + 4 * -(-(len(poses) + few) // 8)
+    for method, labelled, repeat in (("supervised", few, 3), ("all labels", len(poses), 1)):
+        longer = equally_long(replace(base, **STUDY[method]), base, poses)
+        steps = longer.supervised_epochs * -(-labelled * repeat // 8)
+        assert longer.epochs == 0 and total <= steps < total + -(-labelled * repeat // 8), method
+
+
+def test_fewer_labels_are_shown_more_often(config):
+    """All numbers of labels have stages of about the same length; where the number is the configuration's own, nothing changes."""
+    poses, own = read_coco(*find_split(config.data, "train")), replace(config, labels="3", supervised_repeat=4, labelled_repeat=2)
+    assert stretch(own, own, poses) == own
+    one = stretch(replace(own, labels="1"), own, poses)                 # 8 labelled instead of 24
+    assert (one.supervised_repeat, one.labelled_repeat) == (12, 6)
+    assert stretch(own, one, poses).supervised_repeat == 4              # and back
+
+
+def test_every_field_has_its_stage():
+    """What a method of stage 3 changes does not make it lose the common stage 1."""
+    base = Config()
+    assert until_stage_3(replace(base, **STUDY["+ small loss"]), base) == base
+    assert until_stage_3(replace(base, **STUDY["original"]), base) == replace(base, **{f: getattr(ORIGINAL, f) for f in STUDY["original"] if f not in STAGE_3})
+    assert {"network", "supervised_lr", "views", "rounded", "seed", "labels"}.isdisjoint(STAGE_3)
+
+
+def test_order_of_cells():
+    cells = grid_cells(Config(), ("5", "10"), (0, 1), ("a", "b"))
+    assert cells[:4] == [Cell("5", 0, "a"), Cell("5", 0, "b"), Cell("10", 0, "a"), Cell("10", 0, "b")] and len(cells) == 8
+    assert {c.labels for c in grid_cells(Config(families=("Bovidae", "Felidae")), ("5", "10"), (0,), ("a",))} == {"Bovidae Felidae"}
+
+
+def test_two_processes_fill_one_file(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    row = lambda n: dict(labels="5", method="supervised", seed=n, teacher_AP=n / 100)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: add_row(tmp_path / "study.csv", row(n)), range(40)))
+    assert {c.seed for c in read_grid(tmp_path / "study.csv")} == set(range(40))
+
+
+# ---- the command, and what it says about bad input
+
+def flags(config) -> list[str]:
+    return ("--network tiny --size 32 --supervised-epochs 1 --supervised-repeat 1 --supervised-milestones --supervised-batch 8 --epochs 1 "
+            f"--milestones --batch 8 --labelled-repeat 1 --views 1 --device cpu --evaluate-every 1 --data {config.data}").split()
+
+
+def run(*argv, code=0):
+    assert cli.main([str(a) for a in argv]) == code
+
+
+def test_command(config, tmp_path, capsys):
+    argv = ["study", "animals", "--out", tmp_path / "s", "--counts", 1, "--backbone", "", *flags(config)]
+    run(*argv, "--seeds", 0, "--methods", "supervised", "+ consistency")
+    out = capsys.readouterr().out
+    assert "1 of 2; about" in out and "2 of 2\n" in out and "over supervised" in out and f"rows: {tmp_path / 's' / 'study.csv'}" in out
+    # another seed joins in; rows that were not asked for stay, and are not shown
+    run(*argv, "--seeds", 1, "--methods", "supervised", "--resume")
+    out = capsys.readouterr().out
+    assert "seed 1, supervised" in out and "seed 0" not in out and len(read_grid(tmp_path / "s" / "study.csv")) == 3
+    # stopped: how to go on
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(library.train_grid.__globals__, "rate_epochs", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(*argv, "--seeds", 2, "--methods", "supervised", "--resume", code=130)
+    assert "go on with --resume" in capsys.readouterr().err
+
+
+def error(capsys) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_no_data(tmp_path, capsys):
+    run("study", "animals", "--out", tmp_path / "s", "--data", tmp_path / "nowhere", "--device", "cpu", code=1)
+    assert str(tmp_path / "nowhere") in error(capsys)
+
+
+def test_unknown_method(config, tmp_path, capsys):
+    run("study", "animals", "--out", tmp_path / "s", "--methods", "magic", *flags(config), code=1)
+    assert "method 'magic': expected one of supervised, " in error(capsys)
+
+
+def test_no_stage_3(config, tmp_path, capsys):
+    run("study", "animals", "--out", tmp_path / "s", *flags(config), "--epochs", 0, code=1)
+    assert "epochs is 0" in error(capsys)
+
+
+def test_another_configuration(whole, config, tmp_path, capsys):
+    argv = ["study", "animals", "--out", tmp_path / "s", "--counts", 1, "--seeds", 0, "--methods", "supervised", "--backbone", "", *flags(config)]
+    run(*argv)
+    capsys.readouterr()
+    run(*argv, "--resume", "--lr", 0.5, code=1)
+    assert "lr is" in error(capsys)
+    run(*argv, code=1)
+    assert "--resume" in error(capsys)
+
+
+@pytest.mark.parametrize("content, words", [("a,b\n1,2\n", "not the rows of a study"), ("labels,seed,method,cow_AP\n9,0,supervised,.1\n", "rows of another study"),
+                                            ("labels,seed,method\n5,zero,supervised\n", "not the rows of a study")])
+def test_csv_of_something_else(content, words, config, tmp_path):
+    (tmp_path / "study.csv").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        list(study(config, tmp_path, (1,), (0,), ("supervised",)))
+    assert (tmp_path / "study.csv").read_text() == content
+
+
+def test_preset_is_for_photographs():
+    preset = PRESETS["animals"]
+    assert preset.backbone == "lite0" and preset.epochs and preset.supervised_epochs and preset.data == "animals"
