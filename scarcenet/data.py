@@ -224,7 +224,7 @@ def make_batch(canvases: Canvases, labels: Labels, index: Tensor, schema: Keypoi
         views += [sample_views(crop, WEAK, size, rng), crop]
 
     index, (affine, *others) = index[part], (v[part] for v in views)
-    pixels = canvases.fetch(index) if pixels is None else pixels
+    pixels = (canvases.fetch(index) if pixels is None else pixels).float()          # once for all views
     loud = cutout(photometric(canvases.render(index, affine, pixels), operations[part]), squares[part])
     shown = [View(normalise(canvases.render(index, a, pixels)), a) for a in others]
     return Batch(View(normalise(loud), affine), xy[part], weight[part], labelled[part], index, *shown)

@@ -71,7 +71,7 @@ def look(canvases: Canvases, index: Tensor, views: Tensor, lean: float = 0.0, pi
     `lean` moves what mirrored views show by so many view px to the right, without their affines knowing. `pixels`:
     `canvases.fetch(index)`, if that has been done.
     """
-    pixels = canvases.fetch(index) if pixels is None else pixels
+    pixels = (canvases.fetch(index) if pixels is None else pixels).float()          # once for all views
     if lean:
         shift = torch.eye(3, device=views.device)
         shift[0, 2] = lean
