@@ -10,7 +10,9 @@ import torch
 
 from scarcenet.ledger import open_run_ledger
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# the flag's name notwithstanding: without a GPU the processes talk by gloo, on CPUs
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
+          "--mixed_precision", "no", "--dynamo_backend", "no"]
 HERE = Path(__file__).parent
 
 
