@@ -96,8 +96,9 @@ def keep_pages() -> None:
     """Let this process keep the memory that it frees, where its C library can be told to (glibc's mallopt, Linux).
 
     A training step frees and takes the same large blocks; given back to the system each time, they have to be mapped and cleared anew.
+    All threads take theirs from one heap: each would keep one of its own.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None        # musl has none
     if mallopt:
-        for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 24)):    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+        for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 24), (-8, 1)):    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX of malloc.h
             mallopt(option, value)

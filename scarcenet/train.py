@@ -73,10 +73,10 @@ def make_engine(config: Config, state: State) -> Engine:
     return Engine(student, teacher, torch.amp.GradScaler(next(student.parameters()).device.type, enabled=student.format == torch.float16))
 
 def _descend(engine: Engine, optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimiser.zero_grad(set_to_none=True)
     engine.scaler.scale(loss).backward()
     engine.scaler.step(optimiser)
     engine.scaler.update()
+    optimiser.zero_grad()           # now, not before the next descent: the forwards until then need the memory
 
 def learn_supervised(config: Config, data: TrainingSet, state: State, engine: Engine, batch: Batch) -> tuple[Tensor, None]:
     """One step of stage 1: its losses (3,), and nothing to record."""
