@@ -75,7 +75,8 @@ def tell_study(config: Config, folder: Path, counts: Sequence[str | int] = (5, 1
         left = f"; about {seconds_left(rows, todo) / 60:.0f} min to go" if todo else ""
         yield (f"labels {row['labels']}, seed {row['seed']}, {row['method']}: AP {row['teacher_AP']:.3f}, PCK {row['teacher_PCK']:.3f}, "
                f"{row['seconds']:.0f} s; {len(cells) - len(todo)} of {len(cells)}{left}")
-    rows = [row for cell, row in read_grid(file).items() if cell in cells]
+    rows = [row for cell, row in read_grid(file).items() if cell.seed in seeds]
     for labels in dict.fromkeys(cell.labels for cell in cells):
-        yield "\n" + format_table(summary(rows, labels), COLUMNS, f"labels: {labels}; test split")
+        table = summary(rows, labels)           # of all methods: the rival may have been trained before
+        yield "\n" + format_table({m: table[m] for m in methods}, COLUMNS, f"labels: {labels}; test split")
     yield f"\nrows: {file}"
