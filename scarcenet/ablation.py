@@ -18,6 +18,7 @@ from .coco import PoseSet
 from .config import Config
 from .evaluate import label_quality
 from .machine import describe, pick_device
+from .processes import refuse_company
 from .run import State, load_checkpoint, read_rows, save_checkpoint, write_rows
 from .train import Epoch, begin_scarce, fit, join_labels
 from .trials import COLUMNS, Material, as_long, audit, evaluate_network, gather, known_labels
@@ -51,7 +52,7 @@ def equally_long(settings: Config, base: Config, poses: PoseSet) -> Config:
 JUDGED = ("reliable", "reusable")        # the decisions by which a pseudo-label, or what replaces it, is learnt from
 
 def row_columns(poses: PoseSet, config: Config) -> tuple[str, ...]:
-    """The columns of a row: what was trained and how long it took, the scores on the test split `poses`, and how good the labels were."""
+    """The columns of a row: what was trained and how long that took (without stages 1 and 2 where they are shared), the scores on the test split `poses`, and how good the labels were."""
     scores = [f"{who}_{c}" for who in ("student", "teacher", "selected", *(["other_families"] if config.families else [])) for c in COLUMNS]
     species = [f"{name}_{c}" for name in sorted(set(poses.column("category").tolist())) for c in ("AP", "PCK")]
     labels = [f"{d}_{what}" for d in ("pseudo", *JUDGED) for what in ("coverage", "precision")]
@@ -115,10 +116,11 @@ def read_grid(file: Path, columns: Sequence[str] = ()) -> dict[Cell, dict]:
     return cells
 
 def add_row(file: Path, row: dict) -> None:
-    """Add a row to a csv table, whole or not at all, even if another process adds one at the same time."""
+    """Add a row to a grid's csv, in place of an older one of its cell; whole or not at all, even if another process adds one at the same time."""
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        write_rows(file, [*read_grid(file, tuple(row)).values(), row])
+        rows = read_grid(file, tuple(row))
+        write_rows(file, (rows | {Cell(row["labels"], int(row["seed"]), row["method"]): row}).values())
 
 # %% ../nbs/13_worth.ipynb #stages
 # what stages 1 and 2 know nothing of
@@ -150,6 +152,7 @@ def train_grid(config: Config, folder: Path, file: Path, cells: Sequence[Cell], 
 
     ValueError if the file holds rows of another kind, or if there is no stage 3 to be studied.
     """
+    refuse_company("a grid of trainings")
     if not config.epochs:
         raise ValueError("epochs is 0: without stage 3, all methods are the same")
     current = material = None
@@ -159,7 +162,8 @@ def train_grid(config: Config, folder: Path, file: Path, cells: Sequence[Cell], 
         base = replace(config, seed=cell.seed, labels=config.labels if config.families else cell.labels)
         early = until_stage_3(replace(base, **methods[cell.method]), base)
         if early != current:
-            current, material = early, gather(early, folder / "zoo", progress)
+            current, material = early, None            # before the next one is read: the two may not fit beside each other
+            material = gather(early, folder / "zoo", progress)
         base = stretch(base, config, material.train)
         settings = replace(base, **methods[cell.method])
         early = until_stage_3(settings, base)

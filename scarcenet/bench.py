@@ -7,7 +7,7 @@ __all__ = ['in_turns', 'ratio', 'Bench', 'set_up', 'works', 'passes', 'loops', '
 
 # %% ../nbs/16b_bench.ipynb #imports
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,6 +23,7 @@ from .data import TrainingSet, load_canvases, make_batch, seeded
 from .evaluate import evaluate_poses
 from .heatmap import decode, encode
 from .machine import describe, fast, keep_pages, number_format, peak_memory_mb, pick_device
+from .processes import refuse_company
 from .run import State, start
 from .train import learn_scarce, learn_supervised, make_engine, make_pseudo
 from .trials import predict
@@ -32,8 +33,8 @@ from .zoo import write_zoo
 def in_turns(works: dict[str, Callable[[], object]], device: torch.device, seconds: float, least: int = 5) -> dict[str, list[float]]:
     """Seconds of each work, called one after the other for about so many seconds in all, at least `least` times each, after a first round that does not count."""
     def wait():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
 
     taken, began = {name: [] for name in works}, time.perf_counter()
     for round in range(10 ** 6):
@@ -46,9 +47,9 @@ def in_turns(works: dict[str, Callable[[], object]], device: torch.device, secon
         if round >= least and time.perf_counter() - began > seconds:
             return {name: times[1:] for name, times in taken.items()}
 
-def ratio(taken: dict[str, list[float]], above: dict[str, float], below: str) -> float:
-    """The median over the rounds of (sum of `above`'s works, each so many times) / `below`."""
-    return median(sum(times * taken[name][n] for name, times in above.items()) / taken[below][n] for n in range(len(taken[below])))
+def ratio(taken: dict[str, list[float]], above: Sequence[str], below: str) -> float:
+    """The median over the rounds of (sum of the works `above`) / (the work `below`)."""
+    return median(sum(taken[name][n] for name in above) / taken[below][n] for n in range(len(taken[below])))
 
 # %% ../nbs/16b_bench.ipynb #setup
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def set_up(config: Config, folder: Path, instances: int) -> Bench:
 
 # %% ../nbs/16b_bench.ipynb #works
 def works(bench: Bench) -> dict[str, Callable[[], object]]:
-    """What is timed: names and calls. All of one batch, but for the pass over all instances, which has a number of pictures of its own."""
+    """What a step is made of, of one batch: names and calls. Each leaves no gradients behind."""
     config, data, state = bench.config, bench.data, bench.state
     engine, rng = make_engine(config, state), seeded(1)
     index = torch.arange(len(data.canvases))[:config.batch]
@@ -99,8 +100,8 @@ def works(bench: Bench) -> dict[str, Callable[[], object]]:
 
     def backward():
         engine.student.train()
-        state.optimiser.zero_grad(set_to_none=True)
         engine.student(views.strong.pictures).backward(push)
+        state.optimiser.zero_grad()
 
     return {"forward": lambda: forward(engine.teacher, views.plain.pictures), "two forwards": lambda: forward(engine.student, two),
             "forward and backward": backward, "data and views": lambda: batch(True),
@@ -113,7 +114,7 @@ def passes(bench: Bench) -> dict[str, Callable[[], object]]:
     n, device = len(data.canvases), data.canvases.device
 
     def looks(count: int) -> Callable[[], object]:
-        sizes = [len(part) * count for part in torch.arange(n).split(max(1, 32 // count))]       # as `locate` splits them
+        sizes = [len(part) * count for part in torch.arange(n).split(max(1, config.at_once // count))]       # as `locate` splits them
         pictures = torch.zeros(max(sizes), 3, config.size, config.size, device=device)
 
         @torch.no_grad()
@@ -126,7 +127,7 @@ def passes(bench: Bench) -> dict[str, Callable[[], object]]:
         seen = predict(state.student, data.canvases, config, data.schema.swap)
         evaluate_poses(bench.truth, seen.xy.cpu().numpy(), seen.score.cpu().numpy())
 
-    return {"pseudo-labels": lambda: make_pseudo(config, data, state.student, 0), "its forwards": looks(2 * config.views),
+    return {"pseudo-labels": lambda: make_pseudo(state.student, data.canvases, config, data.schema.swap), "its forwards": looks(2 * config.views),
             "evaluation": evaluate, "the evaluation's forwards": looks(2)}
 
 def loops(bench: Bench) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
@@ -150,6 +151,7 @@ def bench(config: Config, seconds: float = 90) -> dict:
     "rows": seconds of a call and pictures per second; "efficiency": the network's share of a step and of a pass; "loops": how many
     times as long a loop takes; "peak_memory_mb".
     """
+    refuse_company("a benchmark")
     with TemporaryDirectory() as folder:
         subject = set_up(config, Path(folder) / "zoo", instances=2 * config.batch)
         device = subject.data.canvases.device
@@ -157,15 +159,15 @@ def bench(config: Config, seconds: float = 90) -> dict:
         loop = {name: in_turns(dict(zip(("batch", "loop"), both)), device, seconds / 30, least=3) for name, both in loops(subject).items()}
     n, times = len(subject.data.canvases), {name: median(t) for name, t in (step | whole).items()}
     pictures = dict.fromkeys(step, config.batch) | dict.fromkeys(whole, n) | {"two forwards": 2 * config.batch}
-    needed = {"forward and backward": 1, "two forwards": 1, "forward": 1}
+    needed = ("forward and backward", "two forwards", "forward")
     return {"network": config.network, "size": config.size, "batch": config.batch, "views": 2 * config.views,
             "format": str(number_format(config.precision, device)).removeprefix("torch."), "compile": config.compile, "device": describe(device),
             "rows": {name: {"seconds": t, "pictures/s": pictures[name] / t} for name, t in times.items()},
             "zoo pictures/s": subject.zoo_per_second,
             "efficiency": {"ScarceNet step": ratio(step, needed, "ScarceNet step"),
-                           "supervised step": ratio(step, {"forward and backward": 1}, "supervised step"),
-                           "pseudo-labels": ratio(whole, {"its forwards": 1}, "pseudo-labels"),
-                           "evaluation": ratio(whole, {"the evaluation's forwards": 1}, "evaluation")},
-            "data share of the ScarceNet step": ratio(step, {"data and views": 1}, "ScarceNet step"),
-            "loops": {name: ratio(t, {"loop": 1}, "batch") for name, t in loop.items()},
+                           "supervised step": ratio(step, ["forward and backward"], "supervised step"),
+                           "pseudo-labels": ratio(whole, ["its forwards"], "pseudo-labels"),
+                           "evaluation": ratio(whole, ["the evaluation's forwards"], "evaluation")},
+            "data share of the ScarceNet step": ratio(step, ["data and views"], "ScarceNet step"),
+            "loops": {name: ratio(t, ["loop"], "batch") for name, t in loop.items()},
             "peak_memory_mb": round(peak_memory_mb(device))}

@@ -121,19 +121,22 @@ def evaluate(run: tyro.conf.Positional[Path], config: str = "", data: Path | Non
         data: another set with as many keypoints: its folder, or one annotation file; without it, the set of the training
         images: folder of the pictures, if it is neither beside the annotation file nor one folder up
         split: of that set
-        device: cpu, cuda, cuda:1, mps; auto takes the best that is there
+        device: cpu, cuda, cuda:1, mps; auto takes cuda if it is there, else cpu
         json: new file for all numbers
     """
     from scarcenet.data import load_canvases
     from scarcenet.evaluate import format_table
     from scarcenet.files import write_json
     from scarcenet.networks import find_networks, find_poses, load_network, measure
+    from scarcenet.processes import is_first
     settings, networks = find_networks(run, config)
     settings, out = replace(settings, device=device), json and new_file(json)
     poses = find_poses(settings, run, data, split, images)
     models = {who: load_network(settings, file, poses) for who, file in networks.items()}
-    canvases = load_canvases(poses.instances, settings.size, progress=watched())
+    canvases = load_canvases(poses.instances, settings.size, None, watched(), settings.canvas_mb, Path(settings.cache))
     scores = {who: measure(model, poses, canvases, settings, who if watched() else "") for who, model in models.items()}
+    if not is_first():
+        return
     who, last = list(scores.items())[-1]
     columns = ("AP", "AP50", "AP75", "APM", "APL", "AR", "PCK@0.05", "PCK@0.1", "instances")
     print(poses.file)
@@ -157,20 +160,21 @@ def pseudo(run: tyro.conf.Positional[Path], out: Path, config: str = "", data: P
         images: folder of the pictures, if it is neither beside the annotation file nor one folder up
         split: of that set
         drop: share of the keypoints below the cut; without it, the configuration's
-        device: cpu, cuda, cuda:1, mps; auto takes the best that is there
+        device: cpu, cuda, cuda:1, mps; auto takes cuda if it is there, else cpu
     """
-    from scarcenet.data import load_canvases, seeded
+    from scarcenet.data import load_canvases
     from scarcenet.networks import find_networks, find_poses, load_network
-    from scarcenet.pseudo import locate, multi_views
+    from scarcenet.processes import is_first
     from scarcenet.run import write_pseudo
+    from scarcenet.train import make_pseudo
     target, (settings, networks) = new_file(out), find_networks(run, config)
     settings = replace(settings, device=device, drop=settings.drop if drop is None else drop)
     poses = find_poses(settings, run, data, split, images, bare=True)
     model = load_network(settings, list(networks.values())[-1], poses)
-    canvases = load_canvases(poses.instances, settings.size, progress=watched()).to(next(model.parameters()).device)
-    rng = seeded(settings.seed, 2)
-    found = locate(model, canvases, lambda crop: multi_views(crop, settings.size, rng, settings.views), poses.schema.swap,
-                   lean=settings.mirror_lean, progress="pseudo-labels" if watched() else "")
+    canvases = load_canvases(poses.instances, settings.size, None, watched(), settings.canvas_mb, Path(settings.cache)).to(next(model.parameters()).device)
+    found = make_pseudo(model, canvases, settings, poses.schema.swap, watched())
+    if not is_first():
+        return
     write_pseudo(target, poses, found, settings.drop)
     print(f"{len(poses)} instances, {found.score.numel()} keypoints, {1 - settings.drop:.0%} above the cut: {out}")
 

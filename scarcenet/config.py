@@ -39,7 +39,7 @@ class Config:
     sigma: float = 2.0
     """width of a keypoint's Gaussian, heatmap px"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes the best that is there"""
+    """cpu, cuda, cuda:1, mps; auto takes cuda if it is there, else cpu"""
 
     # stage 1, supervised
     supervised_epochs: int = 210
@@ -113,13 +113,18 @@ class Config:
     ledger: bool = True
     """keep what became of every keypoint in every epoch of stage 3, at most 40 bytes each"""
     precision: str = "auto"
-    """number format of the network: float32, bf16 or fp16; auto takes bf16 on a GPU that has it. Equal bits are float32's promise"""
+    """number format of the network: float32, bf16 or fp16; auto takes bf16 on a GPU that has it. Equal bits are promised for float32 on a CPU"""
     compile: str = ""
     """torch.compile's mode: default, reduce-overhead (CUDA graphs), max-autotune; empty: not compiled"""
     canvas_mb: float = 8192
-    """decoded pictures of more than so many MiB lie in a file in `cache`, not in memory or on the GPU"""
+    """decoded pictures of a split that take more than so many MiB lie in a file in `cache`, not in memory or on the GPU"""
     cache: str = "~/.cache/scarcenet"
     """folder for them; a file there is named by its content and may be deleted between runs"""
+
+    @property
+    def at_once(self) -> int:
+        """Pictures that go through a network at once where nothing is learnt: as many as where a step of stage 3 looks at two views, but no fewer than 32."""
+        return max(32, 2 * self.batch)
 
     @property
     def strong(self) -> "Geometry":

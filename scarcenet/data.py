@@ -58,7 +58,7 @@ class Canvases:
     def fetch(self, index: Tensor) -> Tensor:
         """The canvases of instances `index` (B,), on the device: (B, 3, C, C) uint8."""
         rows = self.pixels[index.to(self.pixels.device, non_blocking=True)]
-        pinned = self.device.type == "cuda" and not rows.is_cuda      # page-locked memory crosses the bus while the GPU goes on
+        pinned = self.device.type == "cuda" and not rows.is_cuda      # from page-locked memory, and Python need not wait for the copy
         return (rows.pin_memory() if pinned else rows).to(self.device, non_blocking=True)
 
     def fetched(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:

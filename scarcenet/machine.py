@@ -59,7 +59,7 @@ class Fast(nn.Module):
         super().__init__()
         if mode:
             torch._dynamo.config.suppress_errors = True
-        self.model, self.format, self.copy = torch.compile(model, mode=mode) if mode else model, format, mode == "reduce-overhead"
+        self.model, self.format, self.copy = torch.compile(model, mode=mode) if mode else model, format, mode in ("reduce-overhead", "max-autotune")
         self.training = model.training
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Fast(nn.Module):
         else:
             with torch.autocast(pictures.device.type, self.format):
                 maps = self.model(pictures)
-        return maps.to(torch.float32, copy=self.copy)      # a CUDA graph writes its next answer into the same memory
+        return maps.to(torch.float32, copy=self.copy)      # a CUDA graph, which both of these modes make, writes its next answer into the same memory
 
 def fast(model: nn.Module, config: Config, learns: bool = False) -> nn.Module:
     """`model` as `config` wants it run on its device. `learns`: gradients are averaged over all processes."""

@@ -87,7 +87,7 @@ def bench(network: str = PRESETS["demo"].network, size: int = PRESETS["demo"].si
         views: views of a pseudo-label, each with its mirror image
         precision: float32, bf16, fp16; auto takes bf16 on a GPU that has it
         compile: torch.compile's mode: default, reduce-overhead, max-autotune; empty: not compiled
-        device: cpu, cuda, cuda:1, mps; auto takes the best that is there
+        device: cpu, cuda, cuda:1, mps; auto takes cuda if it is there, else cpu
         seconds: to measure for, about; making pictures and the first rounds come on top
         json: new file for all numbers
     """

@@ -71,10 +71,12 @@ def refinement(rules: Config) -> Callable[[Tensor, Tensor], Tensor] | None:
 def _look(model: nn.Module, views: list[Tensor], live: bool) -> list[Tensor]:
     """The model's maps of several views. `live`: with BN in train mode (the original); else BN is fixed."""
     was_training = model.training
-    model.train(live)
+    if was_training != live:            # it goes through every module of the network
+        model.train(live)
     # one pass through the network where a picture's maps do not depend on those beside it
     maps = [model(v) for v in views] if live else model(torch.cat(views)).chunk(len(views))
-    model.train(was_training)
+    if was_training != live:
+        model.train(was_training)
     return maps
 
 # %% ../nbs/13_steps.ipynb #scarce

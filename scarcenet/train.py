@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .coco import Labels
 from .config import Config
-from .data import Batch, TrainingSet, batches, make_batch, seeded
+from .data import Batch, Canvases, TrainingSet, batches, make_batch, seeded
 from .heatmap import Keypoints
 from .machine import fast, keep_pages
 from .processes import is_first, mean_of_all, own_rows, processes
@@ -141,15 +141,15 @@ def _epochs(config: Config, data: TrainingSet, labels: Labels, state: State, pla
     bar.close()
 
 # %% ../nbs/13_train.ipynb #begin
-def make_pseudo(config: Config, data: TrainingSet, model: nn.Module, epoch: int, progress: bool = False) -> Keypoints:
-    """Stage 2: what the model sees of every instance in several views, in image px; `epoch` names the random stream of the views."""
-    rng, size = seeded(config.seed, 2, epoch), data.canvases.size
-    return locate(fast(model, config), data.canvases, lambda crop: multi_views(crop, size, rng, config.views), data.schema.swap,
-                  refine=refinement(config), lean=config.mirror_lean, progress="pseudo-labels" if progress else "")
+def make_pseudo(model: nn.Module, canvases: Canvases, config: Config, swap: list[int], progress: bool = False) -> Keypoints:
+    """Stage 2: what the model sees of every instance in several views, (N, K, 2) image px, and scores (N, K)."""
+    rng = seeded(config.seed, 2)
+    return locate(fast(model, config), canvases, lambda crop: multi_views(crop, canvases.size, rng, config.views), swap, config.at_once,
+                  refinement(config), config.mirror_lean, "pseudo-labels" if progress else "")
 
 def begin_scarce(config: Config, data: TrainingSet, state: State, progress: bool = False) -> State:
     """From stage 1 to stage 3, by way of stage 2: pseudo-labels for every instance, a teacher like the student, a new optimiser."""
-    state.pseudo = make_pseudo(config, data, state.student, 0, progress)
+    state.pseudo = make_pseudo(state.student, data.canvases, config, data.schema.swap, progress)
     state.teacher.load_state_dict(state.student.state_dict())
     state.optimiser = adam(state.student, config.lr)
     state.stage, state.epoch, state.step = "scarce", 0, 0
@@ -159,7 +159,8 @@ def begin_scarce(config: Config, data: TrainingSet, state: State, progress: bool
 def fit(config: Config, data: TrainingSet, state: State | None = None, progress: bool = False) -> Iterator[Epoch]:
     """Train all stages, yielding after each epoch. With a `state` it goes on from there, and changes it in place.
 
-    Every epoch has a random stream of its own, so that a run that was interrupted ends as it would have without.
+    Every epoch has a random stream of its own, so that a run that was interrupted ends as it would have without: in float32 on a
+    CPU with the same bits; a GPU adds in another order each time.
     """
     keep_pages()
     state, labels = state or start(config, data), data.labels

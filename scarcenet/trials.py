@@ -25,7 +25,7 @@ from .files import read_json, write_json
 from .heatmap import Keypoints, parabola_step, quarter_step
 from .labels import draw_labelled, labelled_families, read_corrected, read_id_list, reveal, with_bare
 from .machine import describe, fast, peak_rss_mb, pick_device
-from .processes import first_before_others, is_first, own_rows, wait_for_all
+from .processes import first_before_others, is_first, own_rows, refuse_company, wait_for_all
 from .pseudo import flip_views, locate
 from .record import Record, by_instance, open_ledger, write_epoch, write_labels
 from .relabel import Decision
@@ -82,16 +82,15 @@ def gather(config: Config, zoo: Path, progress: bool = False) -> Material:
         jitter = chosen * 0.2 * (2 * torch.rand(len(train), 2, generator=rng) - 1)
     seen = np.flatnonzero(labels.labelled | (config.epochs > 0))            # stage 1 looks at no other picture
     load = partial(load_canvases, size=config.size, progress=progress, limit_mb=config.canvas_mb, cache=Path(config.cache))
-    with first_before_others():
-        canvases = load([train.instances[i] for i in seen], jitter=None if jitter is None else jitter[seen]).to(device)
-        others = {n: load(p.instances).to(device) for n, p in (("val", val), ("test", test))}
+    canvases = load([train.instances[i] for i in seen], jitter=None if jitter is None else jitter[seen]).to(device)
+    others = {n: load(p.instances).to(device) for n, p in (("val", val), ("test", test))}
     return Material(train, val, test, TrainingSet(train.schema, canvases, Labels(*(torch.as_tensor(t[seen], device=device) for t in labels))), others)
 
 # %% ../nbs/13_trials.ipynb #predict
 def predict(model: nn.Module, canvases: Canvases, config: Config, swap: list[int], progress: str = "") -> Keypoints:
     """The model's poses, as they are evaluated: (N, K, 2) image px and scores, flip test, sub-pixel decoding."""
     refine = quarter_step if config.rounded else parabola_step        # what fits the way in which the targets were drawn
-    return locate(fast(model, config), canvases, lambda crop: flip_views(crop, canvases.size), swap, refine=refine, progress=progress)
+    return locate(fast(model, config), canvases, lambda crop: flip_views(crop, canvases.size), swap, config.at_once, refine, progress=progress)
 
 def evaluate_network(model: nn.Module, poses: PoseSet, canvases: Canvases, config: Config) -> dict[str, dict]:
     """`evaluate_poses` of what the model finds in a split."""
@@ -192,6 +191,7 @@ def as_long(config: Config, labelled: int, instances: int) -> Config:
 # %% ../nbs/13_trials.ipynb #run-demo
 def demo(config: Config, folder: Path, resume: bool = False, progress: bool = False) -> dict:
     """ScarceNet and the equally long supervised baseline from the same labelled pictures: one folder, one table."""
+    refuse_company("the demo")
     began, threads = time.perf_counter(), torch.get_num_threads()
     open_run(folder, config, resume)
     material = gather(config, folder / "zoo", progress)

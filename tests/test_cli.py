@@ -107,10 +107,15 @@ def test_eval_agrees_with_the_run(home, tmp_path, capsys):
     assert read_json(tmp_path / "one.json")["teacher"] == scores["teacher"]
 
 
-def test_pseudo_is_stage_2(home, tmp_path):
-    """The labels that the command makes with the network of stage 1 are those that the run made itself."""
-    scarcenet("pseudo", home / "run" / "supervised.safetensors", "--out", tmp_path / "p.json", "--device", "cpu")
-    made, own = read_json(tmp_path / "p.json"), read_json(home / "run" / "pseudo.json")
+@pytest.mark.parametrize("rounded", [True, False])
+def test_pseudo_is_stage_2(home, tmp_path, rounded):
+    """The labels that the command makes with the network of stage 1 are those that a run makes itself, on heatmap pixels or between them."""
+    weights, run = home / "run" / "supervised.safetensors", home / "run"
+    if not rounded:
+        run = tmp_path / "fine"
+        scarcenet("train", "original", "--data", home / "zoo", "--out", run, *TINY, "--no-rounded", "--supervised-epochs", 0, "--epochs", 1, "--weights", weights)
+    scarcenet("pseudo", weights, "--config", run / "config.json", "--out", tmp_path / "p.json", "--device", "cpu")
+    made, own = read_json(tmp_path / "p.json"), read_json(run / "pseudo.json")
     for a, b in zip(made["annotations"], own["annotations"], strict=True):
         np.testing.assert_allclose(a["keypoints"], b["keypoints"], atol=1e-3)
     scarcenet("check", tmp_path / "p.json", "--images", home / "zoo" / "data")

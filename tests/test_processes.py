@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from scarcenet.files import read_json
 from scarcenet.ledger import open_run_ledger
 
-# the flag's name notwithstanding: without a GPU the processes talk by gloo, on CPUs
+# the flag's name notwithstanding: the processes talk by gloo, on CPUs
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
           "--mixed_precision", "no", "--dynamo_backend", "no"]
 HERE = Path(__file__).parent
+# what is compared is on CPUs, also where there are GPUs
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
 
 
 def run(command, **options):
-    done = subprocess.run([str(c) for c in command], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400, **options)
+    done = subprocess.run([str(c) for c in command], env=ENV, capture_output=True, text=True, timeout=400, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -81,10 +84,37 @@ def test_command_line(zoo, tmp_path):
     again = run([sys.executable, "-m", "scarcenet", "train", *flags, "--out", tmp_path / "run", "--resume"])
     table = lambda text: [line for line in text.splitlines() if line.startswith("|")]
     assert table(again.stdout) == table(done.stdout)
+    # and both look at one's poses, and one tells
+    asked = run([*LAUNCH, "-m", "scarcenet", "eval", tmp_path / "run", "--json", tmp_path / "eval.json"])
+    assert asked.stdout.count("teacher by family") == 1
+    assert read_json(tmp_path / "eval.json")["teacher"]["overall"]["AP"] == pytest.approx(read_json(tmp_path / "run" / "summary.json")["teacher"]["test"]["overall"]["AP"], abs=1e-3)
+    run([*LAUNCH, "-m", "scarcenet", "pseudo", tmp_path / "run", "--out", tmp_path / "pseudo.json"])
+    assert len(read_json(tmp_path / "pseudo.json")["annotations"]) == len(ledger.instances)
 
 
 def test_a_batch_that_cannot_be_shared(zoo, tmp_path):
     flags = ["demo", "--data", zoo, "--network", "tiny", "--backbone", "", "--size", "32", "--device", "cpu", "--supervised-batch", "3"]
     done = subprocess.run([str(c) for c in (*LAUNCH, "-m", "scarcenet", "train", *flags, "--out", tmp_path / "run")], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
+                          env=ENV, timeout=200)
     assert done.returncode != 0 and "scarcenet: 3 instances cannot be shared equally by 2 processes" in done.stderr
+
+
+def test_work_for_one(tmp_path):
+    """What has no shares to give away says so, and nothing has been written."""
+    for command in (["demo"], ["study", "animals", "--data", tmp_path]):
+        done = subprocess.run([str(c) for c in (*LAUNCH, "-m", "scarcenet", *command, "--out", tmp_path / "run")], capture_output=True, text=True, env=ENV, timeout=200)
+        assert done.returncode != 0 and "is work for one process, but there are 2" in done.stderr
+    assert not any(tmp_path.glob("run/*.csv"))
+
+
+def test_a_notebook_that_was_alone():
+    """Functions that were called before a launcher copies the process do not make the copies believe that they are alone."""
+    program = """
+from accelerate import debug_launcher
+from scarcenet.processes import own_rows, processes
+def work():
+    assert processes() == 2 and own_rows(8).stop - own_rows(8).start == 4
+assert processes() == 1
+debug_launcher(work, num_processes=2)
+"""
+    run([sys.executable, "-c", program])

@@ -173,7 +173,7 @@ def seconds_per_instance(n: int) -> float:
     data, config, student = training_set(n, 32), replace(BRIEF, epochs=1, batch=32, live_bn=False), Glance()
     state = State(student, Glance(), torch.optim.Adam(student.parameters()), "scarce", pseudo=None)
     began = time.process_time()
-    state.pseudo = make_pseudo(config, data, student, 0)
+    state.pseudo = make_pseudo(student, data.canvases, config, data.schema.swap)
     for epoch in fit(config, data, state):
         assert len(epoch.record.index) >= n
     return (time.process_time() - began) / n
