@@ -154,7 +154,7 @@ class Config:
 # %% ../nbs/13_config.ipynb #presets
 # what the published implementation computes, quirks included: the notebook of each stage says what they do
 ORIGINAL = Config(mirror_lean=3.0, agree_bias=0.5, mixed_sides=True, consistency_confident=True, live_bn=True, rounded=True,
-                  consistency_soft=False, centre_jitter=0.3)
+                  centre_jitter=0.3)
 
 # two CPU cores, a few minutes: small views, a small network that has seen ImageNet, gentle views, one cycle of the learning rate
 DEMO = Config(network="timm:tf_efficientnet_lite0", backbone="lite0", size=96, sigma=1.0, supervised_epochs=5, supervised_repeat=16,

@@ -45,8 +45,8 @@ def pretended(rules: Config) -> tuple[TrainingSet, State, Engine]:
     return data, state, Engine(Fast(student), Fast(teacher), torch.amp.GradScaler(enabled=False))
 
 
-@pytest.mark.parametrize("rules", [{}, dict(half_body=1.0), dict(consistency_confident=True, mixed_sides=True, live_bn=True, rounded=True, consistency_soft=False)],
-                         ids=["default", "half body", "original"])
+@pytest.mark.parametrize("rules", [{}, dict(half_body=1.0), dict(consistency_soft=True), dict(consistency_confident=True, mixed_sides=True, live_bn=True, rounded=True)],
+                         ids=["default", "half body", "maps as targets", "original"])
 def test_a_step_asks_for_no_value(rules):
     rules = replace(Config(size=64), **rules)
     data, state, engine = pretended(rules)
