@@ -120,7 +120,7 @@ def add_row(file: Path, row: dict) -> None:
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows = read_grid(file, tuple(row))
-        write_rows(file, (rows | {Cell(row["labels"], int(row["seed"]), row["method"]): row}).values())
+        write_rows(file, list((rows | {Cell(row["labels"], int(row["seed"]), row["method"]): row}).values()))
 
 # %% ../nbs/13_worth.ipynb #stages
 # what stages 1 and 2 know nothing of
