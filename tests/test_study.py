@@ -117,7 +117,9 @@ def test_two_processes_fill_one_file(tmp_path):
     row = lambda n: dict(labels="5", method="supervised", seed=n, teacher_AP=n / 100)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: add_row(tmp_path / "study.csv", row(n)), range(40)))
-    assert {c.seed for c in read_grid(tmp_path / "study.csv")} == set(range(40))
+    add_row(tmp_path / "study.csv", row(7) | dict(teacher_AP=0.5))              # once more: in place of the first
+    rows = read_grid(tmp_path / "study.csv")
+    assert {c.seed for c in rows} == set(range(40)) and rows[Cell("5", 7, "supervised")]["teacher_AP"] == "0.5"
 
 
 # ---- the command, and what it says about bad input
