@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 240          # seconds a notebook
+LIMIT = 120          # seconds a notebook
 RUN = "import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1], flags='', n_workers=1, do_print=True)"
 
 

@@ -197,7 +197,7 @@ def test_cost_grows_linearly():
 
 
 def test_the_network_is_what_one_waits_for(tmp_path):
-    """Efficiency of the demo's step at least 0.8, its data about a twentieth (.042 to .054, as the machine's memory is in the mood): medians of ratios, each of calls right after each other."""
+    """Efficiency of the demo's step at least 0.8, its data at most a twentieth: medians of ratios, each of calls right after each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -206,7 +206,7 @@ def test_the_network_is_what_one_waits_for(tmp_path):
             taken = in_turns(works(bench), CPU, 12)
             efficiency = ratio(taken, ("forward and backward", "two forwards", "forward"), "ScarceNet step")
             data = ratio(taken, ["data and views"], "ScarceNet step")
-            if efficiency >= 0.8 and data <= 0.07:
+            if efficiency >= 0.8 and data <= 0.05:
                 return
     finally:
         torch.set_num_threads(threads)
