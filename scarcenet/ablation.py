@@ -52,7 +52,8 @@ def equally_long(settings: Config, base: Config, poses: PoseSet) -> Config:
 JUDGED = ("reliable", "reusable")        # the decisions by which a pseudo-label, or what replaces it, is learnt from
 
 def row_columns(poses: PoseSet, config: Config) -> tuple[str, ...]:
-    """The columns of a row: what was trained and how long that took (without stages 1 and 2 where they are shared), the scores on the test split `poses`, and how good the labels were."""
+    """The columns of a row: what was trained, how long that took (without stages 1 and 2 where they are shared), the scores on the
+    test split `poses`, and how good the labels were."""
     scores = [f"{who}_{c}" for who in ("student", "teacher", "selected", *(["other_families"] if config.families else [])) for c in COLUMNS]
     species = [f"{name}_{c}" for name in sorted(set(poses.column("category").tolist())) for c in ("AP", "PCK")]
     labels = [f"{d}_{what}" for d in ("pseudo", *JUDGED) for what in ("coverage", "precision")]

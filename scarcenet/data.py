@@ -36,7 +36,7 @@ REACH = 1.5     # a canvas shows this many times the side of the crop: what turn
 @dataclass(frozen=True)
 class Canvases:
     """One decoded picture for each of N instances: all that its views are rendered from."""
-    pixels: Tensor     # (N, 3, C, C) uint8, RGB; on the device of the rest, or in a file
+    pixels: Tensor     # (N, C, C, 3) uint8, RGB; on the device of the rest, or in a file
     affine: Tensor     # (N, 3, 3) image px -> canvas px
     crop: Tensor       # (N, 3, 3) image px -> view px of the plain crop
     size: int          # view px
@@ -57,9 +57,10 @@ class Canvases:
 
     def fetch(self, index: Tensor) -> Tensor:
         """The canvases of instances `index` (B,), on the device: (B, 3, C, C) uint8."""
-        rows = self.pixels[index.to(self.pixels.device, non_blocking=True)]
+        rows = self.pixels.index_select(0, index.to(self.pixels.device, non_blocking=True))
         pinned = self.device.type == "cuda" and not rows.is_cuda      # from page-locked memory, and Python need not wait for the copy
-        return (rows.pin_memory() if pinned else rows).to(self.device, non_blocking=True)
+        # a pixel's colours stay beside each other: `warp` then reads one place for the three of them
+        return (rows.pin_memory() if pinned else rows).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
 
     def fetched(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
         """`fetch` of each of `parts`, begun in another thread while the one before is in use."""
@@ -135,7 +136,7 @@ def load_canvases(instances: Sequence[Instance], size: int, jitter: Tensor | Non
     if jitter is not None:
         box[:, :2] += jitter * box[:, 2:]
     crop, canvas = crop_affine(box, size), crop_affine(box, 2 * size, padding=1.25 * REACH)
-    shape = (len(instances), 3, 2 * size, 2 * size)
+    shape = (len(instances), 2 * size, 2 * size, 3)
     if mapped := np.prod(shape) > limit_mb * 2 ** 20:
         pixels = _mapped(instances, canvas, size, cache.expanduser(), progress).view(shape)
     else:
@@ -144,7 +145,7 @@ def load_canvases(instances: Sequence[Instance], size: int, jitter: Tensor | Non
     return Canvases(pixels, canvas.float(), crop.float(), size, mapped)
 
 def _decode(instances: Sequence[Instance], canvas: Tensor, size: int, keep: Callable[[int, Tensor], object], progress: bool) -> None:
-    """`keep(n, cut)` the canvas (3, 2 x size, 2 x size) of every instance n."""
+    """`keep(n, cut)` the canvas (2 x size, 2 x size, 3) of every instance n."""
     rows = defaultdict(list)
     for n, instance in enumerate(instances):
         rows[instance.file].append(n)
@@ -152,7 +153,7 @@ def _decode(instances: Sequence[Instance], canvas: Tensor, size: int, keep: Call
     def load(file: Path):
         picture = read_picture(file)
         for n in rows[file]:
-            keep(n, torch.from_numpy(_cut(picture, canvas[n].numpy(), 2 * size)).permute(2, 0, 1))
+            keep(n, torch.from_numpy(_cut(picture, canvas[n].numpy(), 2 * size)))
 
     with ThreadPoolExecutor() as pool:
         for _ in tqdm(pool.map(load, rows), "pictures", len(rows), disable=not progress, leave=False):
@@ -170,7 +171,7 @@ def _mapped(instances: Sequence[Instance], canvas: Tensor, size: int, folder: Pa
     files = dict.fromkeys(i.file for i in instances)
     with ThreadPoolExecutor() as pool:
         content = dict(zip(files, pool.map(digest, files)))
-    name = blake2b(b"".join((b"canvases 1", canvas.numpy().tobytes(), *(content[i.file] for i in instances))), digest_size=16).hexdigest()
+    name = blake2b(b"".join((b"canvases 2", canvas.numpy().tobytes(), *(content[i.file] for i in instances))), digest_size=16).hexdigest()
     file, one = folder / f"{name}.canvases", 12 * size ** 2
     with first_before_others():
         if not file.is_file() or file.stat().st_size != one * len(instances):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -83,10 +82,9 @@ def _blend(dull: Tensor, pictures: Tensor, v: Tensor) -> Tensor:
 
 def _smooth(pictures: Tensor) -> Tensor:
     """The 3 x 3 filter behind `sharpness`: weight 5 in the middle, 1 around, the outermost row of pixels kept."""
-    kernel = torch.ones(3, 1, 3, 3, device=pictures.device)
-    kernel[..., 1, 1] = 5
-    out = pictures.clone()
-    out[..., 1:-1, 1:-1] = F.conv2d(pictures, kernel / 13, groups=3).round()
+    three = lambda p, dim: sum(p.narrow(dim, at, p.shape[dim] - 2) for at in range(3))      # of a few pictures, sums are faster than a convolution
+    out, inner = pictures.clone(), (..., slice(1, -1), slice(1, -1))
+    out[inner] = ((three(three(pictures, -2), -1) + 4 * pictures[inner]) / 13).round()
     return out
 
 def _grey(pictures: Tensor) -> Tensor:

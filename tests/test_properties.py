@@ -433,7 +433,7 @@ def blobs(n: int, rng, size: int = 64) -> tuple[Canvases, torch.Tensor]:
     xy = 100 + 30 * (torch.rand(n, 3, 2, generator=rng) - 0.5)
     pixels, _ = encode(xy, torch.ones(n, 3), (200, 200), 1, sigma=12)
     crop = crop_affine(torch.tensor([[60.0, 60, 80, 80]]).repeat(n, 1), size)
-    return Canvases((255 * pixels).byte(), torch.eye(3).repeat(n, 1, 1), crop, size), xy
+    return Canvases((255 * pixels).byte().permute(0, 2, 3, 1), torch.eye(3).repeat(n, 1, 1), crop, size), xy
 
 
 @some
@@ -466,7 +466,7 @@ def test_parts_do_not_matter(batch):
 def training_set(schema, rng, n: int = 24, size: int = 64) -> TrainingSet:
     k = len(schema)
     crop = crop_affine(torch.tensor([[30.0, 30, 60, 60]]).repeat(n, 1), size)
-    pixels = (255 * torch.rand(n, 3, 120, 120, generator=rng)).byte()
+    pixels = (255 * torch.rand(n, 120, 120, 3, generator=rng)).byte()
     labelled = torch.arange(n) % 3 == 0
     labels = Labels(30 + 60 * torch.rand(n, k, 2, generator=rng), (torch.rand(n, k, generator=rng) < 0.8).float(), labelled)
     return TrainingSet(schema, Canvases(pixels, torch.eye(3).repeat(n, 1, 1), crop, size), labels)

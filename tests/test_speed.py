@@ -31,7 +31,7 @@ def training_set(n: int, size: int, device: str = "cpu") -> TrainingSet:
     """n grey squares with 17 keypoints each, every other one labelled."""
     rng, box = seeded(0), torch.tensor([[30.0, 30, 60, 60]]).repeat(n, 1)
     xy = 30 + 60 * torch.rand(n, 17, 2, generator=rng)
-    canvases = Canvases(torch.randint(0, 255, (n, 3, 2 * size, 2 * size), generator=rng, dtype=torch.uint8), crop_affine(box, 2 * size, 1.875), crop_affine(box, size), size)
+    canvases = Canvases(torch.randint(0, 255, (n, 2 * size, 2 * size, 3), generator=rng, dtype=torch.uint8), crop_affine(box, 2 * size, 1.875), crop_affine(box, size), size)
     return TrainingSet(AP10K, canvases.to(device), Labels(*(t.to(device) for t in (xy, torch.ones(n, 17), torch.arange(n) % 2 == 0))))
 
 

@@ -13,9 +13,9 @@ from scarcenet.views import jitter
 @pytest.fixture(scope="module")
 def canvases(pseudo):
     """The stored crops are their own canvases."""
-    crops = pseudo["crops"].permute(0, 3, 1, 2).contiguous()
-    affine = similarity(pseudo["center"], pseudo["scale"][:, 0] * 200, torch.zeros(len(crops)), crops.shape[-1])
-    return Canvases(crops, affine, affine, crops.shape[-1])
+    crops = pseudo["crops"]
+    affine = similarity(pseudo["center"], pseudo["scale"][:, 0] * 200, torch.zeros(len(crops)), crops.shape[1])
+    return Canvases(crops, affine, affine, crops.shape[1])
 
 
 def label(network, canvases, make_views):
