@@ -512,6 +512,17 @@ def test_switches_off():
     assert torch.equal(confident.decision == Decision.IGNORED, (batch.weight == 0) & (confident.decision != Decision.REUSABLE))
 
 
+def test_what_is_handed_on_has_bounds():
+    """A teacher that overshoots must not be followed: with maps of its own as targets, it would overshoot again (16_study)."""
+    data = training_set(AP10K, seeded(0))
+    batch = make_batch(data.canvases, data.labels, torch.arange(24), AP10K, seeded(0, 1))
+    student, teacher = small_net(17, 0).train(), small_net(17, 1).eval()
+    teacher[1].weight.data *= 100
+    for soft in (True, False):
+        step = scarce_step(student, teacher, batch, 12, replace(Config(size=64), consistency_soft=soft), AP10K)
+        assert step.teacher_target.min() >= 0 and 0.9 < step.teacher_target.max() < 1 + 1e-5
+
+
 def test_extra_looks_leave_no_trace():
     """Without `live_bn`, the batch norms have seen the strong view only, and the teacher has seen nothing."""
     _, batch, (student, teacher), (before, teacher_before) = one_step(AP10K)
