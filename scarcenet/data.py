@@ -116,11 +116,10 @@ def _cut(picture: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray:
     scale = float(np.sqrt(abs(np.linalg.det(affine[:2, :2]))))
     if scale < 0.75:
         h, w = picture.shape[:2]
-        small = cv2.resize(picture, (max(1, round(w * scale)), max(1, round(h * scale))), interpolation=cv2.INTER_AREA)
-        fx, fy = small.shape[1] / w, small.shape[0] / h
+        picture = cv2.resize(picture, (max(1, round(w * scale)), max(1, round(h * scale))), interpolation=cv2.INTER_AREA)
+        fx, fy = picture.shape[1] / w, picture.shape[0] / h
         # resize aligns the pictures' corners, not their first pixels: x' = (x + 1/2) f - 1/2
         affine = affine @ np.array([[1 / fx, 0, 0.5 / fx - 0.5], [0, 1 / fy, 0.5 / fy - 0.5], [0, 0, 1]])
-        picture = small
     return cv2.warpAffine(picture, affine[:2], (size, size), flags=cv2.INTER_LINEAR)
 
 # %% ../nbs/05_data.ipynb #load

@@ -37,9 +37,9 @@ def pick_device(name: str) -> torch.device:
 
 # %% ../nbs/13_machine.ipynb #describe
 def describe(device: torch.device) -> str:
-    """A device as people call it."""
+    """A device as people call it, and the PyTorch that computes on it: with another one, or elsewhere, the same seed has other last bits and ends elsewhere."""
     one = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
-    return f"{processes()} x {one}" if processes() > 1 else one
+    return (f"{processes()} x {one}" if processes() > 1 else one) + f", PyTorch {torch.__version__.split('+')[0]}"
 
 # %% ../nbs/13_machine.ipynb #format
 FORMATS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
