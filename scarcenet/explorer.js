@@ -70,7 +70,7 @@ export function redecide(all, run, rules, e) {
   for (const [i, v] of last) {
     for (let k = 0; k < K; k++) {
       const j = i * K + k, p = v * K + k;
-      const rest = run.confident_only && !has[j] ? IGNORED : CONSISTENCY;
+      const rest = has[j] || !(labelled[i] || run.confident_only) ? CONSISTENCY : IGNORED;
       if (labelled[i]) decision[j] = has[j] ? TRUTH : rest;
       else decision[j] = reliable[p] ? RELIABLE : distance[p] < agree ? REUSABLE : rest;
       if (!labelled[i]) counts[decision[j]]++;

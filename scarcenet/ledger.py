@@ -26,6 +26,7 @@ from .record import Record, by_instance, read_epoch, read_table
 from .relabel import DECISION_COLOURS, Decision, agreement_distance, decide
 from .run import read_config
 from .small_loss import keep_rate, quota, select_small_loss
+from .teacher import teachable
 
 # %% ../nbs/14_ledger.ipynb #ledger
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def redecide(ledger: Ledger, epoch: int, record: Record, keep: float | None = No
         rows = record.batch == batch
         reliable[rows] = select_small_loss(record.label_loss[rows], valid[rows], keep)
     agree = agreement_distance(record.offset, rules.agree_bias) < rules.agree_px
-    return decide(labelled, has_label, reliable, agree, has_label if rules.consistency_confident else torch.ones_like(has_label))
+    return decide(labelled, has_label, reliable, agree, teachable(labelled, has_label, rules.consistency_confident))
 
 # %% ../nbs/14_ledger.ipynb #explain
 def find_keypoint(ledger: Ledger, instance: int, keypoint: str | int) -> int:
@@ -153,7 +154,7 @@ def explain(ledger: Ledger, instance: int, keypoint: str | int, epoch: int) -> s
     cut = float(ledger.score[free][ledger.has_label[free]].min()) if ledger.has_label[free].any() else float("inf")
     lines = [f"{row['file']}, instance {instance} ({row['category']}, {row['family']}), {ledger.names[k]}, epoch {epoch} of {config.epochs}: {row['decision'].upper()}"]
     if row["labelled"]:
-        return "\n".join([*lines, "A person's label: it is used as it is." if row["has_label"] else "The animal is labelled, but this keypoint is not annotated."])
+        return "\n".join([*lines, "A person's label: it is used as it is." if row["has_label"] else "The animal is labelled, but this keypoint is not annotated: there is nothing to learn."])
     lines.append(f"Its pseudo-label, at ({row['label_x']:.1f}, {row['label_y']:.1f}) px, has confidence {row['score']:.3f}, "
                  + ("above" if row["has_label"] else "below") + f" the cut at {cut:.3f}" + ("." if row["has_label"] else ": it began without weight."))
     if np.isnan(row["loss"]):

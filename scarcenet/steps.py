@@ -22,7 +22,7 @@ from .pseudo import carry_maps
 from .relabel import Decision, agreement_distance, agreement_offset, decide, loss_weight, relabel
 from .schema import KeypointSchema
 from .small_loss import keep_rate, select_small_loss
-from .teacher import ramp
+from .teacher import ramp, teachable
 
 # %% ../nbs/13_steps.ipynb #step
 class Step(NamedTuple):
@@ -110,7 +110,7 @@ def scarce_step(student: nn.Module, teacher: nn.Module, batch: Batch, epoch: int
     weak_xy, student_xy = from_view(seen_weak, weak.affine, swap), from_view(seen_plain, plain.affine, swap)
 
     # 3. decide, and replace what may be replaced
-    consistent = has_label if rules.consistency_confident else torch.ones_like(has_label)
+    consistent = teachable(batch.labelled, has_label, rules.consistency_confident)
     decision = decide(batch.labelled, has_label, reliable, distance < rules.agree_px, consistent)
     target_xy = relabel(batch.xy, student_xy, decision)
     target, inside = draw(target_xy, (has_label | (decision == Decision.REUSABLE)).to(prediction))
