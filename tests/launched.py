@@ -5,15 +5,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from scarcenet import train
 from scarcenet.coco import Labels, find_split, read_coco
 from scarcenet.config import Config
 from scarcenet.data import TrainingSet, load_canvases
 from scarcenet.labels import draw_labelled, reveal
 from scarcenet.processes import is_first, processes
+from scarcenet.run import start
+from scarcenet.train import fit
 
-# where a gradient is nearly zero, Adam makes a step of the rate out of a rounding error: with a larger eps weights can be compared
-train.adam = lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr, eps=1e-3)
 # batch norms keep the statistics they begin with: those of half a batch are not those of the whole
 nn.BatchNorm2d.train = lambda self, mode=True: nn.Module.train(self, False)
 
@@ -26,8 +25,13 @@ def main(zoo: Path, out: Path) -> None:
                     keep_epochs=2, keep_floor=0.5, agree_px=2.0, lr=1e-3, ema=0.9)
     labels = Labels(*map(torch.as_tensor, reveal(poses, draw_labelled(poses, 1, seed=0))))
     data = TrainingSet(poses.schema, load_canvases(poses.instances, config.size), labels)
+    state = start(config, data)
+    for network in (state.student, state.teacher):
+        # the sum over half a batch ends in other last bits than that over the whole. In double precision they are far below what a map
+        # of single ones can show; else one of a map's two peaks of equal height, which the next argmax takes, would hang on them
+        network.double().register_forward_pre_hook(lambda _, pictures: (pictures[0].double(),))
     kept = {"processes": processes()}
-    for epoch in train.fit(config, data):
+    for epoch in fit(config, data, state):
         if epoch.stage == "supervised":
             kept["before"] = {name: weight.clone() for name, weight in epoch.state.student.state_dict().items()}
         place = f"{epoch.stage} {epoch.epoch}"

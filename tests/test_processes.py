@@ -1,4 +1,4 @@
-"""Two processes with half of a batch each are one process with the whole: the same masks, the same ledger, the same weights."""
+"""Two processes with half of a batch each are one process with the whole: the same masks, the same ledger, the same weights (computed in double precision, see launched.py)."""
 import csv
 import os
 import subprocess
@@ -10,6 +10,7 @@ import torch
 
 from scarcenet.files import read_json
 from scarcenet.ledger import open_run_ledger
+from scarcenet.relabel import Decision
 
 # the flag's name notwithstanding: the processes talk by gloo, on CPUs
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
@@ -43,12 +44,14 @@ def test_the_same_decisions(outcomes):
         assert len(one["index"]) == 24 and set(one["index"].tolist()) == set(range(24))
         for name in ("index", "batch", "decision"):
             assert torch.equal(one[name], two[name]), (epoch, name)
-        assert set(one["decision"].unique().tolist()) == {0, 1, 2, 3}
+        for name in ("label_loss", "offset", "target_xy", "teacher_xy"):
+            torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-5, equal_nan=True)
+        assert set(one["decision"].unique().tolist()) == set(Decision)
 
 
 def test_the_same_pseudo_labels(outcomes):
     one, two = (o["pseudo"] for o in outcomes)
-    torch.testing.assert_close(two["xy"], one["xy"], atol=1e-2, rtol=0)              # image px
+    torch.testing.assert_close(two["xy"], one["xy"], atol=1e-4, rtol=0)              # image px
     torch.testing.assert_close(two["score"], one["score"], atol=1e-6, rtol=0)
 
 
@@ -58,15 +61,15 @@ def test_the_same_weights(outcomes):
     for who in ("student", "teacher"):
         assert one[who].keys() == two[who].keys()
         for name, weight in one[who].items():
-            torch.testing.assert_close(two[who][name], weight, atol=1e-5, rtol=0, msg=f"{who} {name}")
-    # and this says something: they have gone a hundred times as far
+            torch.testing.assert_close(two[who][name], weight, atol=1e-8, rtol=0, msg=f"{who} {name}")
+    # and this says something: they have gone a hundred thousand times as far
     assert max((one["student"][name] - weight).abs().max() for name, weight in one["before"].items()) > 1e-3
 
 
 def test_the_same_losses(outcomes):
     one, two = outcomes
     for stage in ("supervised 1 losses", "scarce 1 losses", "scarce 3 losses"):
-        assert two[stage] == pytest.approx(one[stage], rel=1e-4)
+        assert two[stage] == pytest.approx(one[stage], rel=1e-6)
 
 
 def test_command_line(zoo, tmp_path):
