@@ -99,7 +99,7 @@ class Config:
     consistency_confident: bool = False
     """only keypoints with a confident label take part in the teacher's term (the original)"""
     consistency_soft: bool = False
-    """the teacher's maps themselves are the target, within 0 ... 1, not Gaussians around their peaks (the original): nearer to the truth (11_mean_teacher, 16_study)"""
+    """the teacher's maps themselves are the target, within 0 ... 1, not Gaussians around their peaks (the original): nearer to the truth (11_mean_teacher, 16a_lessons)"""
     ema: float = 0.999
     """longest memory of the teacher: the share of it that survives a step"""
     live_bn: bool = False
@@ -162,7 +162,7 @@ DEMO = Config(network="timm:tf_efficientnet_lite0", backbone="lite0", size=96, s
               views=2, drop=0.5, epochs=5, batch=16, labelled_repeat=8, lr=2e-3, milestones=(), keep_epochs=3, ramp_epochs=2,
               consistency=1.0, consistency_soft=True, ema=0.99)
 
-# the same on photographs, whose folder is named with --data: more labels, and longer; 16_study says how it was found
+# the same on photographs, whose folder is named with --data: more labels, and longer; 16a_lessons says how it was found
 ANIMALS = replace(DEMO, data="animals", labels="25", supervised_epochs=6, epochs=10, labelled_repeat=4, evaluate_every=5)
 
 # AP-10K's folder is named with --data; the paper starts from ImageNet: --backbone

@@ -516,7 +516,7 @@ def test_switches_off():
 
 
 def test_what_is_handed_on_has_bounds():
-    """A teacher that overshoots must not be followed: with maps of its own as targets, it would overshoot again (16_study)."""
+    """A teacher that overshoots must not be followed: with maps of its own as targets, it would overshoot again (16a_lessons)."""
     data = training_set(AP10K, seeded(0))
     batch = make_batch(data.canvases, data.labels, torch.arange(24), AP10K, seeded(0, 1))
     student, teacher = small_net(17, 0).train(), small_net(17, 1).eval()
