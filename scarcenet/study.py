@@ -52,10 +52,10 @@ def of_method(rows: Iterable[Mapping], labels: str, method: str, column: str) ->
     """Seed -> number, of one method at one number of labels."""
     return {int(r["seed"]): float(r[column]) for r in rows if (r["labels"], r["method"]) == (labels, method)}
 
-def gains(rows: Sequence[Mapping], labels: str, method: str, column: str = "teacher_AP") -> dict[int, float]:
-    """Seed -> what a method has more than the supervised with the same seed, where there is one."""
-    rival = of_method(rows, labels, "supervised", column)
-    return {seed: value - rival[seed] for seed, value in of_method(rows, labels, method, column).items() if seed in rival}
+def gains(rows: Sequence[Mapping], labels: str, method: str, column: str = "teacher_AP", rival: str = "supervised") -> dict[int, float]:
+    """Seed -> what a method has more than its rival with the same seed, where there is one."""
+    less = of_method(rows, labels, rival, column)
+    return {seed: value - less[seed] for seed, value in of_method(rows, labels, method, column).items() if seed in less}
 
 def spread(values: Sequence[float], sign: str = "") -> str:
     """Mean ± standard deviation over seeds; without the latter, if there is one seed."""
