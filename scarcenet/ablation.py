@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'DIFFERENCES', 'JUDGED', 'STAGE_3', 'equally_long', 'row_columns', 'rate_epochs', 'label_columns', 'Cell',
-           'grid_cells', 'read_grid', 'add_row', 'until_stage_3', 'begin', 'stretch', 'train_grid', 'ablate']
+           'grid_cells', 'read_grid', 'lock_of', 'add_row', 'until_stage_3', 'begin', 'stretch', 'train_grid', 'ablate']
 
 # %% ../nbs/13_worth.ipynb #imports
 import fcntl
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from .coco import PoseSet
 from .config import Config
 from .evaluate import label_quality
+from .files import write_json
 from .machine import describe, pick_device
 from .processes import refuse_company
-from .run import State, load_checkpoint, read_rows, save_checkpoint, write_rows
+from .run import State, load_checkpoint, open_run, read_rows, save_checkpoint, write_rows
 from .train import Epoch, begin_scarce, fit, join_labels
-from .trials import COLUMNS, Material, as_long, audit, evaluate_network, gather, known_labels
+from .trials import COLUMNS, Material, as_long, audit, evaluate_network, gather, known_labels, lengthen
 
 # %% ../nbs/13_worth.ipynb #methods
 # each method is ScarceNet with parts of it switched off; without stage 3, its stage 1 becomes as long as all stages of the others
@@ -46,13 +47,13 @@ def equally_long(settings: Config, base: Config, poses: PoseSet) -> Config:
     """`settings` without stage 3, and with at least as many gradient steps in stage 1 as all stages of `base` have on the train split `poses`."""
     few, mine = (int(known_labels(c, poses).labelled.sum()) for c in (base, settings))
     steps = as_long(base, few, len(poses)).supervised_epochs * -(-few * base.supervised_repeat // base.supervised_batch)
-    return replace(settings, supervised_epochs=-(-steps // -(-mine * settings.supervised_repeat // settings.supervised_batch)), epochs=0)
+    return lengthen(settings, -(-steps // -(-mine * settings.supervised_repeat // settings.supervised_batch)))
 
 # %% ../nbs/13_worth.ipynb #rate
 JUDGED = ("reliable", "reusable")        # the decisions by which a pseudo-label, or what replaces it, is learnt from
 
 def row_columns(poses: PoseSet, config: Config) -> tuple[str, ...]:
-    """The columns of a row: what was trained, how long that took (without stages 1 and 2 where they are shared), the scores on the
+    """The columns of a row: what was trained, how long that took (of ScarceNet and its parts, stage 3), the scores on the
     test split `poses`, and how good the labels were."""
     scores = [f"{who}_{c}" for who in ("student", "teacher", "selected", *(["other_families"] if config.families else [])) for c in COLUMNS]
     species = [f"{name}_{c}" for name in sorted(set(poses.column("category").tolist())) for c in ("AP", "PCK")]
@@ -116,9 +117,13 @@ def read_grid(file: Path, columns: Sequence[str] = ()) -> dict[Cell, dict]:
         raise ValueError(f"{file}: rows of another study, with other columns ({odd}); choose another --out")
     return cells
 
+def lock_of(file: Path) -> Path:
+    """What a process locks while it adds a row to a grid's csv."""
+    return file.with_suffix(".lock")
+
 def add_row(file: Path, row: dict) -> None:
     """Add a row to a grid's csv, in place of an older one of its cell; whole or not at all, even if another process adds one at the same time."""
-    with open(file.with_suffix(".lock"), "w") as lock:
+    with open(lock_of(file), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows = read_grid(file, tuple(row))
         write_rows(file, list((rows | {Cell(row["labels"], int(row["seed"]), row["method"]): row}).values()))
@@ -142,7 +147,7 @@ def begin(config: Config, material: Material, file: Path, settings: Config, prog
 
 # %% ../nbs/13_worth.ipynb #stretch
 def stretch(base: Config, config: Config, poses: PoseSet) -> Config:
-    """`base`, which has another number of labels than `config`, with its labelled repeated so that its stages are as long."""
+    """`base`, which has another number of labels than `config`, with its labelled repeated so that its stages are as long, or longer where once is enough for that."""
     few, own = (int(known_labels(replace(c, seed=base.seed), poses).labelled.sum()) for c in (base, config))
     longer = {name: max(1, round(getattr(config, name) * own / few)) for name in ("supervised_repeat", "labelled_repeat")}
     return replace(base, **longer)
@@ -151,11 +156,16 @@ def stretch(base: Config, config: Config, poses: PoseSet) -> Config:
 def train_grid(config: Config, folder: Path, file: Path, cells: Sequence[Cell], methods: Mapping[str, dict], progress: bool = False) -> Iterator[dict]:
     """Train every cell that has no row in `file` yet, and yield its new row (`row_columns`); checkpoints of stages 1 and 2 stay in `folder`.
 
-    ValueError if the file holds rows of another kind, or if there is no stage 3 to be studied.
+    ValueError if the file holds rows of another kind, if the folder is of another configuration, or if there is no stage 3 to be studied.
     """
     refuse_company("a grid of trainings")
     if not config.epochs:
         raise ValueError("epochs is 0: without stage 3, all methods are the same")
+    read_grid(file)                             # refuses what is of something else, before anything is written
+    if (folder / "config.json").is_file():
+        open_run(folder, config, resume=True)
+    else:
+        write_json(folder / "config.json", asdict(config))
     current = material = None
     for cell in cells:
         if cell in read_grid(file):
@@ -170,6 +180,7 @@ def train_grid(config: Config, folder: Path, file: Path, cells: Sequence[Cell], 
         early = until_stage_3(settings, base)
         columns = row_columns(material.test, config)
         read_grid(file, columns)                # before the hours, not after
+        lock_of(file).touch()                   # from now on, nobody takes the folder over
         began = time.perf_counter()
         if settings.epochs:
             about = [cell.labels] * (base.labels != config.labels) + [str(cell.seed)] + [cell.method] * (early != base)
@@ -177,7 +188,10 @@ def train_grid(config: Config, folder: Path, file: Path, cells: Sequence[Cell], 
             began = time.perf_counter()
         else:
             settings, state = equally_long(settings, base, material.train), None
-        scores = rate_epochs(fit(settings, material.data, state, progress), material, replace(settings, families=config.families))
+        try:
+            scores = rate_epochs(fit(settings, material.data, state, progress), material, replace(settings, families=config.families))
+        except ValueError as e:                 # a network that answers with nan, say
+            raise ValueError(f"{cell.labels} labels, seed {cell.seed}, {cell.method}: {e}") from None
         row = cell._asdict() | dict(seconds=round(time.perf_counter() - began, 1), device=describe(pick_device(config.device))) | scores
         add_row(file, {name: row[name] for name in columns})
         yield row

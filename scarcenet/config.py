@@ -134,7 +134,7 @@ class Config:
 
     def __post_init__(self):
         """ValueError for a number that makes no sense, before anything is read or written."""
-        counts = dict(split=1, seed=0, size=32, stride=1, supervised_epochs=0, supervised_repeat=1, supervised_batch=1, views=1,
+        counts = dict(split=1, seed=0, size=32, supervised_epochs=0, supervised_repeat=1, supervised_batch=1, views=1,
                       epochs=0, batch=1, labelled_repeat=1, keep_epochs=1, ramp_epochs=1, evaluate_every=1)
         shares = ("half_body", "centre_jitter", "scale_factor", "drop", "keep_floor", "ema")
         widths = ("supervised_lr", "lr", "rotation_factor", "truth_weight", "agree_px", "consistency", "canvas_mb")
@@ -144,6 +144,8 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {low}" + (f" and at most {high}" if high < 1e9 else ""))
         if self.size % 32:
             raise ValueError(f"size is {self.size}, but must be a multiple of 32 px: the coarsest maps of a network have one pixel for so many")
+        if self.stride != 4:
+            raise ValueError(f"stride is {self.stride}, but the networks here have one heatmap px for 4 view px")
         modes = dict(precision=("auto", "float32", "bf16", "fp16"), compile=("", "default", "reduce-overhead", "max-autotune"))
         for name, known in modes.items():
             if getattr(self, name) not in known:

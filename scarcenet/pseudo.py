@@ -103,7 +103,7 @@ def locate(model: nn.Module, canvases: Canvases, make_views: Callable[[Tensor], 
     return Keypoints(*(gather_rows(torch.cat(part))[:n] for part in zip(*found)))
 
 # %% ../nbs/08_pseudo.ipynb #cut
-def confidence_cut(score: Tensor, drop: float = 0.4) -> Tensor:
-    """Mask of the scores that survive when the lowest share `drop` of all of them is dropped. Any shape."""
-    threshold = score.flatten().sort().values[min(int(score.numel() * drop), score.numel() - 1)]
-    return score >= threshold
+def confidence_cut(score: Tensor, drop: float = 0.4, among: Tensor | None = None) -> Tensor:
+    """Mask of the scores (N, ...) that are not below the cut: the lowest share `drop` of all scores lies there, or of those of `among` (N,) alone."""
+    asked = (score if among is None else score[among]).flatten().sort().values
+    return score >= (asked[min(int(len(asked) * drop), len(asked) - 1)] if len(asked) else float("-inf"))

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .coco import PoseSet, Truth, coco_json
 from .config import Config
@@ -174,12 +174,12 @@ def read_rows(file: Path) -> list[dict]:
         return list(csv.DictReader(f))
 
 # %% ../nbs/13_run.ipynb #pseudo-file
-def write_pseudo(file: Path, poses: PoseSet, pseudo: Keypoints, drop: float) -> None:
+def write_pseudo(file: Path, poses: PoseSet, pseudo: Keypoints, drop: float, among: Tensor | None = None) -> None:
     """Pseudo-labels as a COCO keypoint file that any tool reads: flag 2 above the confidence cut, 1 below; scores beside them.
 
-    The boxes' areas stand in for the animals': nothing of the held-back truth goes into the file.
+    `among` (N,): whose share `drop` is cut off, all instances' without it. The boxes' areas stand in for the animals': nothing of the held-back truth goes into the file.
     """
-    flags = (1 + confidence_cut(pseudo.score, drop).long()).cpu().numpy().astype(np.uint8)
+    flags = (1 + confidence_cut(pseudo.score, drop, among).long()).cpu().numpy().astype(np.uint8)
     guess = Truth(pseudo.xy.cpu().numpy(), flags, poses.column("box")[:, 2:].prod(1))
     write_json(file, coco_json(replace(poses, truth=guess), keypoint_scores=pseudo.score.cpu().numpy().round(4)))
 

@@ -56,8 +56,7 @@ def join_labels(labels: Labels, pseudo: Keypoints, drop: float) -> Labels:
     """Truth where there is some, pseudo-labels elsewhere; the share `drop` of these that is least confident gets weight 0."""
     unlabelled = ~labels.labelled
     weight = labels.weight.clone()
-    if unlabelled.any():
-        weight[unlabelled] = confidence_cut(pseudo.score[unlabelled], drop).to(weight)
+    weight[unlabelled] = confidence_cut(pseudo.score, drop, unlabelled)[unlabelled].to(weight)
     return Labels(torch.where(unlabelled[:, None, None], pseudo.xy, labels.xy), weight, labels.labelled)
 
 # %% ../nbs/13_train.ipynb #learn

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'Material', 'known_labels', 'gather', 'predict', 'evaluate_network', 'audit', 'train_run', 'finish_run',
-           'write_summary', 'as_long', 'demo', 'train_files']
+           'write_summary', 'lengthen', 'as_long', 'demo', 'train_files']
 
 # %% ../nbs/13_trials.ipynb #imports
 import time
@@ -113,6 +113,7 @@ def train_run(config: Config, folder: Path, material: Material, resume: bool = F
     """Train all stages of `config` in `folder`; returns summary.json's content. Interrupted, it goes on with `resume`."""
     began, checkpoint = time.perf_counter(), folder / "checkpoint.safetensors"
     state = load_checkpoint(checkpoint, config, material.data) if resume and checkpoint.is_file() else None
+    earlier = sum(float(row["seconds"]) for row in read_rows(folder / "metrics.csv")) if state else 0.0
     ledger = open_ledger(folder / "ledger", material.train, material.data.labels.labelled) if config.ledger and config.epochs and is_first() else None
     for epoch in fit(config, material.data, state, progress):
         state, last = epoch.state, epoch.epoch == epoch.epochs
@@ -128,13 +129,13 @@ def train_run(config: Config, folder: Path, material: Material, resume: bool = F
         if epoch.stage == "supervised" and last:
             save_weights(state.student, folder / "supervised.safetensors")
         if epoch.stage == "scarce" and epoch.epoch == 1:
-            write_pseudo(folder / "pseudo.json", material.train, state.pseudo, config.drop)
+            write_pseudo(folder / "pseudo.json", material.train, state.pseudo, config.drop, ~material.data.labels.labelled)
         if ledger and epoch.stage == "scarce":
             if epoch.epoch == 1:
                 write_labels(ledger, material.train.schema.names, join_labels(material.data.labels, state.pseudo, config.drop), state.pseudo)
             write_epoch(ledger, epoch.epoch, epoch.record)
         save_checkpoint(checkpoint, state)
-    return finish_run(config, folder, material, state, time.perf_counter() - began)
+    return finish_run(config, folder, material, state, earlier + time.perf_counter() - began)
 
 # %% ../nbs/13_trials.ipynb #finish
 def finish_run(config: Config, folder: Path, material: Material, state: State, seconds: float) -> dict:
@@ -182,11 +183,16 @@ def write_summary(folder: Path, summary: dict) -> dict:
     return summary
 
 # %% ../nbs/13_trials.ipynb #demo
+def lengthen(config: Config, epochs: int) -> Config:
+    """Stage 1 alone, over so many epochs. Its milestones keep their places in it; where there was no stage 1, the rate runs through one cycle."""
+    places = tuple(round(m * epochs / config.supervised_epochs) for m in config.supervised_milestones) if config.supervised_epochs else ()
+    return replace(config, supervised_epochs=epochs, supervised_milestones=places, epochs=0)
+
 def as_long(config: Config, labelled: int, instances: int) -> Config:
     """Supervised training with the same number of gradient steps as all stages of `config` together, on one schedule of its own."""
     steps = -(-labelled * config.supervised_repeat // config.supervised_batch)
     more = config.epochs * -(-(instances + labelled * (config.labelled_repeat - 1)) // config.batch)
-    return replace(config, supervised_epochs=config.supervised_epochs + -(-more // steps), epochs=0)
+    return lengthen(config, config.supervised_epochs + -(-more // steps))
 
 # %% ../nbs/13_trials.ipynb #run-demo
 def demo(config: Config, folder: Path, resume: bool = False, progress: bool = False) -> dict:

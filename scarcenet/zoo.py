@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OVERSAMPLE', 'SPLITS', 'VERSION', 'Picture', 'frame', 'shot', 'truth', 'develop', 'draw', 'picture_at', 'store',
-           'categories', 'write_json', 'claim', 'write_zoo']
+           'categories', 'claim', 'write_zoo']
 
 # %% ../nbs/03_zoo.ipynb #imports
 import json, os, sys
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .anatomy import SPECIES, Body, Species, body, direction, individual, posture
 from .coats import coat, shade
+from .files import atomic, write_json
 from .scene import Buffers, Camera, background, cast, extent, foreground, look_at, moved
 from .schema import AP10K
 
@@ -112,8 +113,8 @@ def store(job: tuple[int, int], folder: Path, seed: int) -> tuple[dict, list[dic
     split, i = job
     picture, number = picture_at(split, i, seed), split * 10**6 + i + 1
     name, (height, width) = f"{number:012d}.jpg", picture.pixels.shape[:2]
-    if not cv2.imwrite(str(folder / "data" / name), picture.pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90]):
-        raise OSError(f"{folder / 'data' / name}: cannot be written")
+    with atomic(folder / "data" / name) as part:
+        part.write_bytes(cv2.imencode(".jpg", picture.pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1])
     animals = []
     for j, (xy, shown, box) in enumerate(zip(picture.keypoints, picture.shown, picture.boxes)):
         triples = np.concatenate([xy, shown[:, None]], 1).round(2).ravel().tolist()
@@ -128,11 +129,6 @@ def categories() -> list[dict]:
                  flip_pairs=[list(p) for p in AP10K.flip_pairs]) for i, s in enumerate(SPECIES)]
 
 # %% ../nbs/03_zoo.ipynb #write
-def write_json(file: Path, content):
-    """Write all or nothing: into a temporary file beside it, which then takes its name."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content)); os.replace(part, file)
-
 def claim(folder: Path, recipe: dict) -> bool:
     """Make `folder` ready for a zoo; True if that very zoo is there already, complete. A folder with anything else in it is refused."""
     note = folder / "zoo.json"

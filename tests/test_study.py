@@ -7,6 +7,7 @@ from scarcenet import cli, study as library
 from scarcenet.ablation import STAGE_3, Cell, add_row, equally_long, grid_cells, read_grid, row_columns, stretch, until_stage_3
 from scarcenet.coco import find_split, read_coco
 from scarcenet.config import ORIGINAL, PRESETS, Config
+from scarcenet.run import open_run
 from scarcenet.study import STUDY, study
 
 METHODS = ("supervised", "+ consistency", "original", "all labels")
@@ -80,12 +81,13 @@ def test_transfer(config, tmp_path):
 def test_as_many_steps(config):
     """The rivals have at least as many gradient steps as all stages together, and less than an epoch more."""
     poses = read_coco(*find_split(config.data, "train"))
-    base = replace(config, supervised_repeat=3, labelled_repeat=2, epochs=4)
+    base = replace(config, supervised_epochs=5, supervised_milestones=(4,), supervised_repeat=3, labelled_repeat=2, epochs=4)
     few = 8                                                             # one picture of each of eight species, one animal on each
-    total = 3 + 4 * -(-(len(poses) + few) // 8)
+    total = 5 * 3 + 4 * -(-(len(poses) + few) // 8)
     for method, labelled, repeat in (("supervised", few, 3), ("all labels", len(poses), 1)):
         longer = equally_long(replace(base, **STUDY[method]), base, poses)
         steps = longer.supervised_epochs * -(-labelled * repeat // 8)
+        assert longer.supervised_milestones == (round(4 / 5 * longer.supervised_epochs),), method      # the rate falls after the same share of the epochs
         assert longer.epochs == 0 and total <= steps < total + -(-labelled * repeat // 8), method
 
 
@@ -178,6 +180,33 @@ def test_another_configuration(whole, config, tmp_path, capsys):
     assert "lr is" in error(capsys)
     run(*argv, code=1)
     assert "--resume" in error(capsys)
+
+
+def test_another_configuration_in_the_library(whole, config):
+    with pytest.raises(ValueError, match="lr is"):
+        list(study(replace(config, lr=0.5), whole[0], (1,), (0,), METHODS))
+
+
+def test_nobody_takes_over_what_is_being_trained(config, tmp_path, monkeypatch):
+    """A folder whose first training goes on has no rows yet, and is not free; one whose start failed is."""
+    with pytest.raises(FileNotFoundError):
+        list(study(replace(config, data=str(tmp_path / "nowhere")), open_run(tmp_path / "s", replace(config, data=str(tmp_path / "nowhere"))), (1,), (0,), METHODS))
+
+    def meanwhile(*_):
+        with pytest.raises(ValueError, match="already there"):
+            open_run(tmp_path / "s", replace(config, lr=0.5))
+        raise KeyboardInterrupt
+    monkeypatch.setitem(library.train_grid.__globals__, "rate_epochs", meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        list(study(config, open_run(tmp_path / "s", config), (1,), (0,), METHODS))
+
+
+def test_a_training_that_fails_is_named(config, tmp_path, monkeypatch):
+    def diverged(*_):
+        raise ValueError("nan")
+    monkeypatch.setitem(library.train_grid.__globals__, "rate_epochs", diverged)
+    with pytest.raises(ValueError, match=r"1 labels, seed 0, supervised: nan"):
+        list(study(config, tmp_path, (1,), (0,), METHODS))
 
 
 @pytest.mark.parametrize("content, words", [("a,b\n1,2\n", "not the rows of a study"), ("labels,seed,method,cow_AP\n9,0,supervised,.1\n", "rows of another study"),

@@ -16,11 +16,10 @@ from scarcenet.config import ORIGINAL, Config
 from scarcenet.data import TrainingSet, load_canvases
 from scarcenet.evaluate import pck
 from scarcenet.labels import reveal
-from scarcenet.pseudo import confidence_cut
 from scarcenet.record import by_instance
 from scarcenet.relabel import Decision
 from scarcenet.run import load_checkpoint, open_run, read_config, read_rows, save_checkpoint
-from scarcenet.train import fit, learning_rate
+from scarcenet.train import fit, join_labels, learning_rate
 from scarcenet.trials import gather, predict, train_run
 from scarcenet.weights import load_weights
 
@@ -331,7 +330,9 @@ def test_pseudo_labels_in_the_folder(config, finished, material, whole):
     pseudo = whole[0][-1].state.pseudo
     assert [i.id for i in poses.instances] == [i.id for i in material.train.instances]
     np.testing.assert_allclose(poses.truth.xy, pseudo.xy.numpy(), atol=1e-3)
-    assert np.array_equal(poses.truth.visible == 2, confidence_cut(pseudo.score, config.drop).numpy()) and set(np.unique(poses.truth.visible)) == {1, 2}
+    unlabelled = ~material.data.labels.labelled              # whose labels training cuts
+    above = join_labels(material.data.labels, pseudo, config.drop).weight > 0
+    assert np.array_equal((poses.truth.visible == 2)[unlabelled], above[unlabelled].numpy()) and set(np.unique(poses.truth.visible)) == {1, 2}
     np.testing.assert_allclose(poses.truth.area, material.train.column("box")[:, 2:].prod(1))
     scores = [a["keypoint_scores"] for a in json.loads((finished[0] / "pseudo.json").read_text())["annotations"]]
     np.testing.assert_allclose(scores, pseudo.score.numpy(), atol=1e-4)
