@@ -168,7 +168,7 @@ def read_coco(file, images=None, schema: KeypointSchema | None = None) -> PoseSe
     near = (base / d for base in (file.parent.parent, file.parent) for d in ("data", "images"))
     folder = Path(images or next((d for d in near if d.is_dir()), file.parent))
     rows = [(read_instance(file, e, pictures, categories, folder), read_keypoints(file, e, len(described)),
-             *numbers(f"{file}: annotation {e['id']}: area", [e.get("area") or math.prod(e["bbox"][2:])], 1))
+             *numbers(f"{file}: annotation {e['id']}: area", [e.get("area") or math.prod(map(float, e["bbox"][2:]))], 1))
             for e in entries.values() if not e.get("iscrowd")]
     instances, points, area = zip(*rows) if rows else ((),) * 3
     points, area = np.array(points).reshape(-1, len(described), 3), np.array(area)

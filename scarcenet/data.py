@@ -82,29 +82,32 @@ class Canvases:
         return warp(pixels.float(), view @ invert(self.affine[index]), (self.size, self.size)).round()
 
 # %% ../nbs/05_data.ipynb #read
-def read_picture(file: Path) -> np.ndarray:
+def read_picture(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """(H, W, 3) uint8 RGB, rotated by no EXIF flag: keypoint files refer to the stored pixels. ValueError if it cannot be decoded
-    to its end: Pillow, unlike cv2, does not fill what is missing of a torn file with grey."""
+    to its end (Pillow, unlike cv2, does not fill what is missing of a torn file with grey), or is not of the `size` (H, W) that the set says."""
     if not file.is_file():
         raise ValueError(f"{file}: no such picture")
     try:
         with Image.open(file) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:    # what Pillow's decoders raise
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError(f"grey values of more than 8 bits, mode {picture.mode}: nobody says which is white, so save it with 8")
+            pixels = np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:    # what Pillow's decoders raise
         raise ValueError(f"{file}: not a picture that can be decoded ({' '.join(str(error).replace(str(file), 'it').split())})") from None
+    if size and size != pixels.shape[:2]:
+        raise ValueError(f"{file}: {pixels.shape[1]} x {pixels.shape[0]} px, but the set says {size[1]} x {size[0]}")
+    return pixels
 
 # %% ../nbs/05_data.ipynb #broken
 def broken_pictures(instances: Sequence[Instance], progress: bool = False) -> dict[Path, str]:
     """What is wrong with each picture file that is missing, cannot be decoded, or is not as large as its set says: one line."""
     stated = {i.file: (i.height, i.width) for i in instances}
 
-    def look(file: Path) -> str:
+    def look(file: Path) -> str | None:
         try:
-            size = read_picture(file).shape[:2]
+            read_picture(file, stated[file])
         except ValueError as error:
             return str(error)
-        h, w = stated[file]
-        return "" if size == (h, w) else f"{file}: {size[1]} x {size[0]} px, but the set says {w} x {h}"
 
     with ThreadPoolExecutor() as pool:
         lines = tqdm(pool.map(look, stated), "pictures", len(stated), disable=not progress, leave=False)
@@ -129,7 +132,7 @@ def load_canvases(instances: Sequence[Instance], size: int, jitter: Tensor | Non
     `limit_mb` MiB in a file in the folder `cache`.
 
     `jitter` (N, 2) moves the centre of each crop, in units of its box's width and height. Raises ValueError
-    with the file's name for a picture that is missing or cannot be decoded, or if the file cannot be written.
+    with the file's name for a picture that is missing, cannot be decoded or has another size than its set says, or if the file cannot be written.
     """
     box = torch.tensor([i.box for i in instances], dtype=torch.float64).view(-1, 4)
     if jitter is not None:
@@ -145,22 +148,21 @@ def load_canvases(instances: Sequence[Instance], size: int, jitter: Tensor | Non
 
 def _decode(instances: Sequence[Instance], canvas: Tensor, size: int, keep: Callable[[int, Tensor], object], progress: bool) -> None:
     """`keep(n, cut)` the canvas (2 x size, 2 x size, 3) of every instance n."""
-    rows = defaultdict(list)
+    rows, stated = defaultdict(list), {i.file: (i.height, i.width) for i in instances}
     for n, instance in enumerate(instances):
         rows[instance.file].append(n)
 
     def load(file: Path):
-        picture = read_picture(file)
+        picture = read_picture(file, stated[file])
         for n in rows[file]:
             keep(n, torch.from_numpy(_cut(picture, canvas[n].numpy(), 2 * size)))
 
     with ThreadPoolExecutor() as pool:
-        for _ in tqdm(pool.map(load, rows), "pictures", len(rows), disable=not progress, leave=False):
-            pass
+        list(tqdm(pool.map(load, rows), "pictures", len(rows), disable=not progress, leave=False))
 
 # %% ../nbs/05_data.ipynb #cache
 def _mapped(instances: Sequence[Instance], canvas: Tensor, size: int, folder: Path, progress: bool) -> Tensor:
-    """The canvases' bytes, one after the other, as a file's; it is written if there is none for these pictures and cuts."""
+    """The canvases' bytes, one after the other, as a file's; it is written if there is none for these pictures and cuts. (Written, not mapped: a full disk is then an error, and not a crash.)"""
     def digest(file: Path) -> bytes:
         try:
             return blake2b(file.read_bytes()).digest()
@@ -176,8 +178,7 @@ def _mapped(instances: Sequence[Instance], canvas: Tensor, size: int, folder: Pa
         if not file.is_file() or file.stat().st_size != one * len(instances):
             try:
                 with atomic(file) as part, open(part, "wb") as f:
-                    # written, not mapped: a full disk is then an error, and not a crash
-                    _decode(instances, canvas, size, lambda n, cut: os.pwrite(f.fileno(), cut.numpy().tobytes(), n * one), progress)
+                        _decode(instances, canvas, size, lambda n, cut: os.pwrite(f.fileno(), cut.numpy().tobytes(), n * one), progress)
             except OSError as e:
                 raise ValueError(f"{folder}: {one * len(instances) / 2 ** 20:.0f} MiB of canvases cannot be kept there ({e.strerror})") from None
     return torch.from_file(str(file), shared=False, size=one * len(instances), dtype=torch.uint8)
@@ -222,7 +223,6 @@ def make_batch(canvases: Canvases, labels: Labels, index: Tensor, schema: Keypoi
     operations, squares = draw_operations(n, rng), draw_squares(n, rng)
     if looks:
         views += [sample_views(crop, WEAK, size, rng), crop]
-
     index, (affine, *others) = index[part], (v[part] for v in views)
     pixels = (canvases.fetch(index) if pixels is None else pixels).float()          # once for all views
     loud = cutout(photometric(canvases.render(index, affine, pixels), operations[part]), squares[part])

@@ -80,6 +80,8 @@ def coco_curves(poses: PoseSet, results: Sequence[dict]) -> Curves:
     with redirect_stdout(io.StringIO()):
         truth, found = COCO(), COCO()
         truth.dataset = coco_json(with_bare(poses)) | {"info": {}}   # what falls on an animal without keypoints is ignored
+        for n, annotation in enumerate(truth.dataset["annotations"], 1):
+            annotation["id"] = n                                     # pycocotools takes a match with number 0 for none
         truth.createIndex()
         found.dataset = {"images": [], "annotations": []}
         if results:   # loadRes takes no empty list

@@ -45,8 +45,13 @@ def crop_picture(poses: PoseSet, row: int, side: int = 320) -> tuple[str, tuple[
     instance = poses.instances[row]
     x, y, w, h = instance.box
     margin = 0.15 * max(w, h)
-    left, top = max(0, int(x - margin)), max(0, int(y - margin))
-    part = read_picture(instance.file)[top:int(np.ceil(y + h + margin)), left:int(np.ceil(x + w + margin))]
+    picture = read_picture(instance.file)
+    high, wide = picture.shape[:2]
+    left, right = (int(np.clip(v, 0, wide)) for v in (x - margin, np.ceil(x + w + margin)))
+    top, bottom = (int(np.clip(v, 0, high)) for v in (y - margin, np.ceil(y + h + margin)))
+    part = picture[top:bottom, left:right]
+    if not part.size:                                 # a box beside the picture shows nothing
+        part = np.zeros((1, 1, 3), np.uint8)
     scale = min(2.0, side / max(part.shape[:2]))
     width, height = max(1, round(part.shape[1] * scale)), max(1, round(part.shape[0] * scale))
     small = cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
@@ -160,9 +165,9 @@ def worst_cases(ledger: Ledger, judged: pd.DataFrame, poses: PoseSet, most: int 
     wrong = judged[fates(judged) == "believed"].nlargest(most, "score")
     truth = poses.truth.xy[wrong["instance"], wrong["keypoint"]]
     far = np.linalg.norm(wrong[["target_x", "target_y"]].to_numpy() - truth, axis=1) / poses.column("box")[wrong["instance"], 2:].max(1)
-    rows = {f"{r['file']}, {r['name']}": dict(instance=int(r["instance"]), category=r["category"], decision=r["decision"], confidence=float(r["score"]), distance=float(d))
+    rows = {f"{r['file']}, instance {r['instance']}, {r['name']}": dict(category=r["category"], decision=r["decision"], confidence=float(r["score"]), distance=float(d))
             for (_, r), d in zip(wrong.iterrows(), far)}
-    return html_table(rows, ("instance", "category", "decision", "confidence", "distance"), "keypoint")
+    return html_table(rows, ("category", "decision", "confidence", "distance"), "keypoint")
 
 def report(run: Path, most: int = 60, seed: int = 0) -> str:
     """One HTML page about a run of stage 3, with everything in it: the explorer, the curves, the audit against held-back truth, and the worst cases."""
@@ -187,7 +192,7 @@ def report(run: Path, most: int = 60, seed: int = 0) -> str:
         parts["Curves"] = embedded(curves(read_rows(run / "metrics.csv")), "curves")
     body = "".join(f"<h2>{escape(title)}</h2>{content}" for title, content in parts.items())
     script = (FRONT / "explorer.js").read_text(encoding="utf-8")
-    data = json.dumps(state).replace("</", "<\\/")          # nothing in the data may end the script
+    data = json.dumps(state).replace("<", "\\u003c")          # nothing in the data may end the script, or begin another
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>ScarceNet run {escape(run.name)}</title>
 <style>{STYLE}body{{max-width:1200px}}{(FRONT / "explorer.css").read_text(encoding="utf-8")}</style><h1>ScarceNet run <i>{escape(run.name)}</i></h1>
 <p class="note">Every decision about the pseudo-labels of {len(ledger.instances)} animals in {len(ledger.epochs)} epochs; {len(rows)} of them with pictures. Truth that is shown was held back from training.</p>

@@ -59,7 +59,7 @@ def labelled_families(poses: PoseSet, families: Sequence[str]) -> np.ndarray:
 
 # %% ../nbs/02b_labels.ipynb #reveal
 def reveal(poses: PoseSet, labelled: np.ndarray) -> Labels:
-    """Copy the truth of the `labelled` (N,) bool instances and nothing else: the only way from `Truth` to training."""
+    """Copy the truth of the `labelled` (N,) bool instances and nothing else: the only way from the truth of a set to training."""
     labelled = np.asarray(labelled)
     if labelled.shape != (len(poses),) or labelled.dtype != bool:
         raise ValueError(f"labelled should be {len(poses)} booleans, but is {labelled.dtype} of shape {labelled.shape}")
@@ -88,14 +88,17 @@ def read_corrected(file, poses: PoseSet) -> Labels:
     given = read_coco(file, images=poses.folder)
     if given.schema.names != poses.schema.names:
         raise ValueError(f"{file}: its {len(given.schema)} keypoints are not the {len(poses.schema)} of {poses.file}")
-    there = {}
+    there, named = {}, {}                       # the animals of a file; the files of a name, since a labelling tool may lose the folders
     for n, i in enumerate(poses.instances):
-        there.setdefault(i.file.name, []).append(n)
+        there.setdefault(i.file, []).append(n)
+        named.setdefault(i.file.name, set()).add(i.file)
     labels = Labels(np.zeros_like(poses.truth.xy), np.zeros(poses.truth.visible.shape, np.float32), np.zeros(len(poses), bool))
     for i, xy, visible in zip(given.instances, given.truth.xy, given.truth.visible):
-        near = {n: 2 * (poses.instances[n].id == i.id) + overlap(poses.instances[n].box, i.box) for n in there.get(i.file.name, ())}
-        n = max(near, key=near.get, default=None)
-        if n is None or near[n] < 0.5:
+        files = {i.file} & there.keys() or named.get(i.file.name, set())
+        near = {n: (overlap(poses.instances[n].box, i.box), poses.instances[n].id == i.id) for n in there[min(files)]} if len(files) == 1 else {}
+        # the box decides; an id, which a tool may have given anew, only where no box is near
+        n = max(near, key=near.get, default=None) if any(iou >= 0.5 for iou, _ in near.values()) else next((n for n, (_, same) in near.items() if same), None)
+        if n is None:
             raise ValueError(f"{file}: annotation {i.id} ({i.file.name}): no such animal in {poses.file}")
         if labels.labelled[n]:
             raise ValueError(f"{file}: annotation {i.id} ({i.file.name}): another one is of the same animal, {poses.instances[n].id} in {poses.file}")

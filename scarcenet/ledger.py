@@ -140,8 +140,8 @@ def find_keypoint(ledger: Ledger, instance: int, keypoint: str | int) -> int:
     """The number of a keypoint that is named or numbered; ValueError if there is none, or no such instance."""
     if not 0 <= instance < len(ledger.instances):
         raise ValueError(f"{ledger.folder}: no instance {instance}; there are 0 to {len(ledger.instances) - 1}")
-    if str(keypoint) in ledger.names:
-        return ledger.names.index(str(keypoint))
+    if isinstance(keypoint, str) and keypoint in ledger.names:
+        return ledger.names.index(keypoint)
     if str(keypoint).isdecimal() and int(keypoint) < len(ledger.names):
         return int(keypoint)
     raise ValueError(f"{ledger.folder}: no keypoint {keypoint!r}; there are {', '.join(ledger.names)}")
@@ -197,7 +197,7 @@ def draw_explained(ledger: Ledger, picture: np.ndarray, instance: int, keypoint:
     high, wide = picture.shape[:2]
     ax.set(xticks=[], yticks=[], xlim=(max(box["box_x"] - margin, -0.5), min(box["box_x"] + box["box_width"] + margin, wide - 0.5)),
            ylim=(min(box["box_y"] + box["box_height"] + margin, high - 0.5), max(box["box_y"] - margin, -0.5)))
-    ax.set_title(f"{ledger.names[k]}, {box['category']}, epoch {epoch}", fontsize=9)
+    ax.set_title(f"{ledger.names[k]}, {box['category']}, epoch {epoch}", fontsize=9, parse_math=False)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=7)
     axes["strip"].bar(life.index, 1, width=0.94, color=[colours[d] for d in life["decision"]])
     axes["strip"].axvline(epoch, color="#333333", lw=1)

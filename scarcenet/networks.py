@@ -32,7 +32,7 @@ def find_networks(run: Path, config: str = "") -> tuple[Config, dict[str, Path]]
         raise FileNotFoundError(f"{run}: no weights file, nor the folder of a finished run")
     if config in PRESETS:
         return PRESETS[config], there
-    return read_config(Path(config).parent if config else folder), there
+    return read_config(Path(config) if config else folder), there
 
 def load_network(config: Config, weights: Path, poses: PoseSet) -> nn.Module:
     """The network of a weights file for the keypoints of `poses`, on `config.device`; ValueError if it was made for others."""

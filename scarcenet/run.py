@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .coco import PoseSet, Truth, coco_json
@@ -31,7 +30,7 @@ from .heatmap import Keypoints
 from .hrnet import hrnet, tiny, w32
 from .processes import first_before_others, is_first, processes
 from .pseudo import confidence_cut
-from .weights import load_weights, timm_net
+from .weights import load_weights, timm_net, write_tensors
 
 # %% ../nbs/13_run.ipynb #network
 NETWORKS = {"w32": w32, "hrnet_w32": hrnet, "tiny": tiny}
@@ -86,8 +85,7 @@ def save_checkpoint(file: Path, state: State) -> None:
     if state.pseudo is not None:
         tensors |= {f"pseudo.{k}": v for k, v in state.pseudo._asdict().items()}
     where = dict(stage=state.stage, epoch=str(state.epoch), step=str(state.step))
-    with atomic(file) as part:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=where)
+    write_tensors(file, tensors, where)
 
 # %% ../nbs/13_run.ipynb #load
 def load_checkpoint(file: Path, config: Config, data: TrainingSet) -> State:
@@ -146,13 +144,14 @@ def _open(folder: Path, config: Config, resume: bool) -> Path:
         raise ValueError(f"{folder}: cannot be written ({e.strerror})") from None
     return folder
 
-def read_config(folder: Path) -> Config:
-    """The configuration of a run; ValueError if the folder holds none."""
-    settings = read_json(Path(folder) / "config.json")
+def read_config(where: Path) -> Config:
+    """The configuration of a run's folder, or in a .json file; ValueError if that is none."""
+    file = Path(where) if Path(where).suffix == ".json" else Path(where) / "config.json"
+    settings = read_json(file)
     try:
         return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
     except (TypeError, AttributeError) as e:
-        raise ValueError(f"{Path(folder) / 'config.json'}: not the configuration of a run ({e})") from None
+        raise ValueError(f"{file}: not the configuration of a run ({e})") from None
 
 # %% ../nbs/13_run.ipynb #rows
 def write_rows(file: Path, rows: list[dict]) -> None:
@@ -170,7 +169,7 @@ def append_metrics(file: Path, row: dict) -> None:
 
 def read_rows(file: Path) -> list[dict]:
     """The rows of a csv table, as text."""
-    with open(file, newline="", encoding="utf-8") as f:
+    with open(file, newline="", encoding="utf-8-sig") as f:
         return list(csv.DictReader(f))
 
 # %% ../nbs/13_run.ipynb #pseudo-file
@@ -179,6 +178,8 @@ def write_pseudo(file: Path, poses: PoseSet, pseudo: Keypoints, drop: float, amo
 
     `among` (N,): whose share `drop` is cut off, all instances' without it. The boxes' areas stand in for the animals': nothing of the held-back truth goes into the file.
     """
+    if not (pseudo.xy.isfinite().all() and pseudo.score.isfinite().all()):
+        raise ValueError(f"{file}: not written, since the network's answers are no finite numbers")
     flags = (1 + confidence_cut(pseudo.score, drop, among).long()).cpu().numpy().astype(np.uint8)
     guess = Truth(pseudo.xy.cpu().numpy(), flags, poses.column("box")[:, 2:].prod(1))
     write_json(file, coco_json(replace(poses, truth=guess), keypoint_scores=pseudo.score.cpu().numpy().round(4)))

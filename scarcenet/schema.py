@@ -26,7 +26,11 @@ class KeypointSchema:
 
     def __post_init__(self):
         k = len(self.names)
+        if twice := [name for name in self.names if self.names.count(name) > 1]:
+            raise ValueError(f"the keypoint {twice[0]!r} stands there twice")
         used = [i for pair in self.flip_pairs + self.skeleton for i in pair] + list(self.upper)
+        if not all(isinstance(i, (int, np.integer)) for i in used):
+            raise ValueError("an index in flip_pairs, skeleton or upper is no whole number")
         if bad := sorted({i for i in used if not 0 <= i < k}):
             raise ValueError(f"keypoint index {bad[0]} in flip_pairs, skeleton or upper, but there are {k} keypoints")
         flipped = [i for pair in self.flip_pairs for i in pair]
@@ -34,6 +38,8 @@ class KeypointSchema:
             raise ValueError("a keypoint stands in two flip_pairs")
         if len(self.sigmas) not in (0, k):
             raise ValueError(f"{len(self.sigmas)} sigmas for {k} keypoints")
+        if not all(0 < s < np.inf for s in self.sigmas):
+            raise ValueError(f"sigmas are {self.sigmas}, but each must be above 0, and finite")
         if not self.sigmas:
             object.__setattr__(self, "sigmas", (DEFAULT_SIGMA,) * k)
 

@@ -97,7 +97,7 @@ def poses_grid(poses: PoseSet, xy, rows: Sequence[int], columns: int = 6) -> Fig
         ax.plot(*np.stack([xy[n][seen], truth.xy[n][seen]]).transpose(2, 0, 1), color="white", lw=0.7, zorder=2.5)
         ax.scatter(*truth.xy[n][seen].T, s=6, facecolors="none", edgecolors="white", linewidths=0.7, zorder=4)
         ax.set(xlim=(middle[0] - side, middle[0] + side), ylim=(middle[1] + side, middle[1] - side))
-        ax.set_title(f"{instance.category}  {match[n]:.2f}", fontsize=7, pad=2)
+        ax.set_title(f"{instance.category}  {match[n]:.2f}", fontsize=7, pad=2, parse_math=False)
     return figure
 
 # %% ../nbs/13_show.ipynb #order
@@ -122,7 +122,7 @@ def samples_grid(poses: PoseSet, rows: Sequence[int], columns: int = 6) -> Figur
         draw_pose(ax, poses.truth.xy[n], poses.schema, seen > 0, hollow=seen == 1, size=12)
         side, middle = 0.6 * max(w, h), (x + w / 2, y + h / 2)
         ax.set(xlim=(middle[0] - side, middle[0] + side), ylim=(middle[1] + side, middle[1] - side))
-        ax.set_title(f"{instance.category}  {instance.id}", fontsize=6, pad=2)
+        ax.set_title(f"{instance.category}  {instance.id}", fontsize=6, pad=2, parse_math=False)
     return figure
 
 # %% ../nbs/13_show.ipynb #page

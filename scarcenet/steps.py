@@ -38,7 +38,7 @@ class Step(NamedTuple):
     target: Tensor             # maps of the labels, those that were replaced included
     weight: Tensor             # (B, K), order of sides of the strong view
     decision: Tensor           # (B, K) Decision
-    label_loss: Tensor         # (B, K) loss against the label before anything is replaced, also if it was cut; nan if it lies outside of the strong view
+    label_loss: Tensor         # (B, K) loss against the label before anything is replaced, also if it was cut; nan if it lies outside of the strong view, or if a labelled instance has none
     reliable: Tensor           # (B, K) small loss
     offset: Tensor             # (B, K, 2) from the student's answer on the weak view to the one on the plain view, heatmap px of the weak view
     distance: Tensor           # (B, K) its length, bias included, heatmap px

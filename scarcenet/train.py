@@ -44,7 +44,7 @@ class Epoch(NamedTuple):
 
 # %% ../nbs/13_train.ipynb #rate
 def learning_rate(peak: float, milestones: tuple[int, ...], epoch: int, progress: float) -> float:
-    """The rate at `epoch` (from 0): a tenth less after each milestone; without any, one cycle over `progress` 0 ... 1."""
+    """The rate at `epoch` (from 0): a tenth of it after each milestone; without any, one cycle over `progress` 0 ... 1."""
     if milestones:
         return peak * 0.1 ** sum(epoch >= m for m in milestones)
     if progress < 0.2:

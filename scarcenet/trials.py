@@ -75,6 +75,8 @@ def gather(config: Config, zoo: Path, progress: bool = False) -> Material:
         if other.schema != train.schema:
             raise ValueError(f"{other.file}: its keypoints are not those of {train.file}")
     labels = known_labels(config, train)
+    if config.supervised_epochs and not labels.labelled.any():
+        raise ValueError(f"{train.file}: nobody is labelled, so stage 1 has nothing to learn from")
     jitter = None
     if config.centre_jitter:
         rng = seeded(config.seed, 0)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from scarcenet.coco import PoseSet, Truth, check_poses, coco_json, find_split, name_pairs, read_coco, schema_of
 from scarcenet.files import read_json, write_json
-from scarcenet.labels import draw_labelled, labelled_families, read_id_list, reveal, with_bare
+from scarcenet.labels import draw_labelled, labelled_families, read_corrected, read_id_list, reveal, with_bare
 from scarcenet.schema import AP10K
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,8 +155,53 @@ def test_broken_entry(tmp_path, case):
     assert str(caught.value).startswith(str(tmp_path / "set.json")) and "\n" not in str(caught.value)
 
 
+def test_a_keypoint_stands_there_twice(tmp_path):
+    with pytest.raises(ValueError, match="set.json: category 'species 0': the keypoint 'a' stands there twice"):
+        poses_of(tmp_path, animals(names=("a", "b", "a")))
+
+
+def corrected(tmp_path, data, change) -> tuple:
+    """A set, and the labels that it takes from its own annotations after `change`."""
+    poses = poses_of(tmp_path, data)
+    change(data)
+    write_json(tmp_path / "corrected.json", data)
+    return poses, read_corrected(tmp_path / "corrected.json", poses)
+
+
+def two_in_one_picture() -> dict:
+    """Two animals side by side in a picture, and a picture of the same name in another folder."""
+    data = animals(pictures=2, species=1)
+    points = lambda x: np.column_stack([np.full(17, float(x)), np.arange(17.0), np.full(17, 2)]).ravel().tolist()
+    first = data["annotations"][0]
+    data["annotations"] = [first | dict(id=n + 1, image_id=100 + n // 2, bbox=[x, 10.0, 30.0, 30.0], keypoints=points(x), iscrowd=0) for n, x in enumerate((5, 90, 5, 90))]
+    for image, name in zip(data["images"], ("left/1.jpg", "right/1.jpg")):
+        image["file_name"] = name
+    return data
+
+
+def test_corrected_labels_belong_to_boxes(tmp_path):
+    """Not to ids, which a labelling tool may give anew; nor to another folder's picture of the same name."""
+    def renumber(data):
+        for a in data["annotations"]:
+            a["id"] = 1 + a["id"] % 4
+    poses, labels = corrected(tmp_path, two_in_one_picture(), renumber)
+    assert labels.labelled.all() and np.array_equal(labels.xy, poses.truth.xy)
+    # a box that was drawn anew elsewhere is known by its id
+    poses, labels = corrected(tmp_path, two_in_one_picture(), lambda data: data["annotations"][1].update(bbox=[200.0, 100.0, 30.0, 30.0]))
+    assert np.array_equal(labels.xy, poses.truth.xy)
+    # without folders a name says which picture only if it is the only one
+    flat = lambda data: [i.update(file_name="1.jpg") for i in data["images"]]
+    with pytest.raises(ValueError, match="annotation 1 .1.jpg.: no such animal"):
+        corrected(tmp_path, two_in_one_picture(), flat)
+    one = two_in_one_picture()
+    one["images"][1]["file_name"] = "right/2.jpg"
+    poses, labels = corrected(tmp_path, one, lambda data: [i.update(file_name=Path(i["file_name"]).name) for i in data["images"]])
+    assert np.array_equal(labels.xy, poses.truth.xy)
+
+
 @pytest.mark.parametrize("key, value", [("flip_pairs", [[0, 9]]), ("flip_pairs", [[0]]), ("flip_pairs", 3), ("skeleton", [[0, 1]]),
-                                        ("sigmas", [.1]), ("sigmas", ["a", "b", "c"])])
+                                        ("sigmas", [.1]), ("sigmas", ["a", "b", "c"]), ("sigmas", [.1, .1, float("nan")]),
+                                        ("sigmas", [.1, 0, .1]), ("flip_pairs", [[0.0, 1.0]])])
 def test_broken_schema(tmp_path, key, value):
     data = animals(names=("a", "b", "c"))
     data["categories"][0][key] = value

@@ -92,6 +92,12 @@ def test_nms_is_the_greedy_one(seed, threshold):
     assert set(np.flatnonzero(oks_nms(xy, score, area, image, sigmas, threshold))) == set(kept)
 
 
+def test_ids_may_begin_with_0():
+    poses = make_poses()
+    from_0 = replace(poses, instances=tuple(replace(i, id=i.id - 1) for i in poses.instances))
+    assert evaluate_poses(from_0, *predict(poses))["overall"] == evaluate_poses(poses, *predict(poses))["overall"]
+
+
 def test_perfect_and_hopeless():
     poses = make_poses()
     ones = np.ones(poses.truth.visible.shape)

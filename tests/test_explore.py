@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from scarcenet.config import ORIGINAL, Config
-from scarcenet.explore import FRONT, Explorer, bundle, everything, explore, pick, report
+from scarcenet.explore import FRONT, Explorer, bundle, crop_picture, everything, explore, pick, report
 from scarcenet.ledger import Ledger, open_run_ledger, redecide
 from scarcenet.networks import find_poses
 from scarcenet.record import Record, by_instance
@@ -93,6 +93,14 @@ def test_bundle(run):
         assert known.any() and np.allclose(array["truth_xy"][n][known], by_hand[known], atol=1e-2)
     hidden = bundle(ledger, poses, rows, truth=False)
     assert not {"truth_xy", "truth_known", "right", "label_right"} & hidden["arrays"].keys()
+
+
+@pytest.mark.parametrize("x", [-500.0, 5000.0, -20.0])
+def test_a_box_that_leaves_the_picture(run, x):
+    poses = find_poses(open_run_ledger(run).config, run, split="train")
+    beside = replace(poses, instances=(replace(poses.instances[0], box=(x, 10.0, 60.0, 40.0)), *poses.instances[1:]))
+    data, (width, height), affine = crop_picture(beside, 0)
+    assert data.startswith("data:image/jpeg;base64,") and width and height and np.isfinite(affine).all()
 
 
 def test_two_thousand_animals_in_a_moment(run):

@@ -4,12 +4,16 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from scarcenet import cli
 from scarcenet.config import PRESETS
+from scarcenet.weights import write_tensors
 
 TINY = ("--network tiny --size 64 --labels 1 --supervised-epochs 1 --supervised-milestones --supervised-batch 8 --epochs 1 --milestones "
         "--batch 8 --views 2 --device cpu").split()
@@ -59,6 +63,7 @@ def train(*flags, out="new"):
 
 
 TRAIN = Path("set/annotations/ap10k-train-split1.json")
+PICTURE = Path("set/data/000000000003.jpg")
 
 
 def edit(change, file=TRAIN):
@@ -81,6 +86,8 @@ SPOILED = {
     "torn picture": (lambda: Path("set/data/000000000003.jpg").write_bytes(Path("set/data/000000000003.jpg").read_bytes()[:-900]),
                      ("set/data/000000000003.jpg", "truncated")),
     "no picture": (lambda: Path("set/data/000000000003.jpg").write_text("a text"), ("set/data/000000000003.jpg",)),
+    "picture of another size": (lambda: Image.open(PICTURE).reduce(2).save(PICTURE), (PICTURE, "px, but the set says")),
+    "grey of 16 bits": (lambda: Image.fromarray(np.full((160, 160), 5000, np.uint16)).save(PICTURE, "PNG"), (PICTURE, "more than 8 bits")),
     "broken JSON": (lambda: TRAIN.write_text(TRAIN.read_text()[:-100]), (TRAIN, "broken JSON")),
     "empty file": (lambda: TRAIN.write_text(""), (TRAIN, "broken JSON")),
     "foreign JSON": (lambda: TRAIN.write_text('{"images": "elsewhere", "version": 3}'), (TRAIN, "COCO")),
@@ -260,6 +267,35 @@ def test_corrected_labels_of_others(place, capsys):
         category.pop("flip_pairs", None)
     Path("other.json").write_text(json.dumps(other))
     refused(capsys, train("--labels", "other.json"), "other.json", "keypoints are not")
+
+
+def test_nobody_is_labelled(place, capsys):
+    edit(lambda d: [a.update(keypoints=[0] * 51, num_keypoints=0) for a in d["annotations"]])
+    refused(capsys, train(), TRAIN, "nobody is labelled")
+
+
+def test_weights_that_are_not_numbers(place, capsys):
+    save_file({name: t * float("nan") if t.is_floating_point() else t for name, t in load_file("run/teacher.safetensors").items()}, "run/teacher.safetensors")
+    refused(capsys, ["pseudo", "run", "--out", "new.json"], "new.json", "no finite numbers")
+    assert not Path("new.json").exists()
+
+
+def test_the_configuration_that_is_named(place, capsys):
+    """Not the config.json beside it."""
+    shutil.copy("run/config.json", "run/mine.json")
+    Path("run/config.json").write_text('{"size": 1}')
+    assert cli.main(["eval", "run/teacher.safetensors", "--config", "run/mine.json", "--data", "set", "--device", "cpu"]) == 0
+    refused(capsys, ["eval", "run/teacher.safetensors", "--config", "run/none.json", "--data", "set"], "run/none.json")
+
+
+def test_tensors_that_cannot_be_written(tmp_path, monkeypatch):
+    """A full disk, say: what the library says of it does not name the file."""
+    def full(*_, **__):
+        raise safetensors.SafetensorError("No space left on device")
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="w.safetensors: cannot be written .No space"):
+        write_tensors(tmp_path / "w.safetensors", {"a": torch.zeros(1)}, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_file_is_overwritten(place, capsys):

@@ -7,7 +7,7 @@ import torch
 
 from scarcenet.audit import audit_table, fates, judge, what_if
 from scarcenet.config import ORIGINAL, Config
-from scarcenet.ledger import explain, open_run_ledger, read_frame, redecide
+from scarcenet.ledger import explain, find_keypoint, open_run_ledger, read_frame, redecide
 from scarcenet.record import open_ledger, read_epoch, write_epoch
 from scarcenet.relabel import Decision
 from scarcenet.run import open_run
@@ -136,6 +136,11 @@ def test_resuming_writes_no_epoch_twice(run, tmp_path):
     assert ledger.epochs == (1, 2, 3)
     for name in ("epoch-0002.parquet", "epoch-0003.parquet", "labels.parquet"):
         assert (ledger.folder / name).read_bytes() == (folder / "ledger" / name).read_bytes()
+
+
+def test_a_number_is_an_index_also_where_keypoints_are_called_by_numbers(run):
+    ledger = replace(open_run_ledger(run[0]), names=tuple(str(n + 1) for n in range(17)))
+    assert find_keypoint(ledger, 0, "2") == 1 and find_keypoint(ledger, 0, 2) == 2
 
 
 def test_faults(run, tmp_path):
