@@ -101,7 +101,7 @@ def load_checkpoint(file: Path, config: Config, data: TrainingSet) -> State:
         state.student.load_state_dict(parts["student"])
         state.teacher.load_state_dict(parts["teacher"])
         state.stage, state.epoch, state.step = where["stage"], int(where["epoch"]), int(where["step"])
-    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError) as e:
+    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"{file}: no checkpoint of this run ({' '.join(str(e).split())[:300]})") from None
     if parts["pseudo"] and len(parts["pseudo"]["xy"]) != len(data.canvases):
         raise ValueError(f"{file}: pseudo-labels of {len(parts['pseudo']['xy'])} instances, but the data set has {len(data.canvases)}")

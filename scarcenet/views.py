@@ -51,8 +51,8 @@ def half_body(crop: Tensor, xy: Tensor, weight: Tensor, schema: KeypointSchema, 
     """Refit some crops (B, 3, 3) to the front or hind half of the animal; the others are returned as they were.
 
     `xy` (B, K, 2) in image px, `weight` (B, K) > 0 where a keypoint has a label. With probability `p`, and more
-    than 8 labelled keypoints: the front half with probability 0.69 if it has more than 2 of them, else the hind half
-    if that has; centre = mean of its keypoints, side = 1.5 x their extent. Draws on the CPU.
+    than 8 labelled keypoints: the front half with probability 0.69, or the hind half; the other one if there are not more than
+    2 of them in it; centre = mean of its keypoints, side = 1.5 x their extent. Draws on the CPU.
     """
     n, k = weight.shape
     chosen, front = torch.rand(n, generator=rng) < p, torch.rand(n, generator=rng) < 0.69
@@ -60,7 +60,8 @@ def half_body(crop: Tensor, xy: Tensor, weight: Tensor, schema: KeypointSchema, 
         return crop
     has, front, chosen = weight > 0, front.to(weight.device, non_blocking=True), chosen.to(weight.device, non_blocking=True)
     upper = constant(tuple(i in schema.upper for i in range(k)), has)
-    front = front & ((has & upper).sum(1) > 2)
+    many = lambda part: (has & part).sum(1) > 2
+    front = many(upper) & (front | ~many(~upper))
     half = has & torch.where(front[:, None], upper, ~upper)                        # (B, K)
     centre, side = _around(xy, half)
     fit = chosen & (has.sum(1) > 8) & (half.sum(1) > 2) & (side > 0)

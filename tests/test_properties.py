@@ -147,7 +147,8 @@ def test_half_body_is_the_loop(seed, schema):
     for i in range(n):
         has = [j for j in range(k) if weight[i, j] > 0]
         upper = [j for j in has if j in schema.upper]
-        half = upper if front[i] and len(upper) > 2 else [j for j in has if j not in schema.upper]
+        lower = [j for j in has if j not in schema.upper]
+        half = upper if len(upper) > 2 and (front[i] or len(lower) <= 2) else lower
         if chosen[i] and len(has) > 8 and len(half) > 2:
             points = xy[i, half]
             side = 1.5 * (points.amax(0) - points.amin(0)).max()
