@@ -20,7 +20,7 @@ from .files import new_file, write_json
 # %% ../nbs/16c_measuring.ipynb #helpers
 ABOUT = {"original": "what the published implementation computes, quirks included: HRNet-W32, days on a CPU, hours on a GPU",
          "demo": "a small network on the embedded animals: minutes on two CPU cores",
-         "animals": "demo's network on photographs, 25 labelled of each species; their folder is named with --data: a quarter of an hour on a CPU core",
+         "animals": "demo's network on photographs, 25 labelled of each species; their folder is named with --data: half an hour on a CPU core",
          **{f"ap10k-{n}": f"AP-10K with {n} labelled pictures of each species; its folder is named with --data" for n in (5, 10, 15, 20, 25)},
          "ap10k-transfer": "AP-10K with every Bovidae labelled and no other family"}
 Preset = tyro.conf.OmitArgPrefixes[tyro.extras.subcommand_type_from_defaults(PRESETS, ABOUT, prefix_names=False)]

@@ -220,4 +220,4 @@ def test_csv_of_something_else(content, words, config, tmp_path):
 
 def test_preset_is_for_photographs():
     preset = PRESETS["animals"]
-    assert preset.backbone == "lite0" and preset.epochs and preset.supervised_epochs and preset.data == "animals"
+    assert preset.backbone == "lite0" and preset.size == 128 and preset.epochs and preset.supervised_epochs and preset.data == "animals"
