@@ -178,7 +178,7 @@ def _mapped(instances: Sequence[Instance], canvas: Tensor, size: int, folder: Pa
         if not file.is_file() or file.stat().st_size != one * len(instances):
             try:
                 with atomic(file) as part, open(part, "wb") as f:
-                        _decode(instances, canvas, size, lambda n, cut: os.pwrite(f.fileno(), cut.numpy().tobytes(), n * one), progress)
+                    _decode(instances, canvas, size, lambda n, cut: os.pwrite(f.fileno(), cut.numpy().tobytes(), n * one), progress)
             except OSError as e:
                 raise ValueError(f"{folder}: {one * len(instances) / 2 ** 20:.0f} MiB of canvases cannot be kept there ({e.strerror})") from None
     return torch.from_file(str(file), shared=False, size=one * len(instances), dtype=torch.uint8)
