@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 from torch import nn
 
 from scarcenet.affine import crop_affine
@@ -110,7 +111,9 @@ def test_a_cache_never_goes_stale(poses, tmp_path):
     load(mine, 64)
     load([replace(mine[0], box=(1.0, 2.0, 30.0, 40.0)), *mine[1:]])
     assert len(files()) == 3
-    mine[0].file.write_bytes(mine[1].file.read_bytes())
+    with Image.open(mine[0].file) as picture:
+        mirrored = ImageOps.mirror(picture)
+    mirrored.save(mine[0].file)
     changed = load(mine)
     assert len(files()) == 4 and not torch.equal(changed[0], first[0]) and torch.equal(changed[1], first[1])
     # a file that is not as long as it must be is made anew
