@@ -8,6 +8,7 @@ __all__ = ['NETWORKS', 'build_network', 'State', 'adam', 'start', 'save_checkpoi
 
 # %% ../nbs/13_run.ipynb #imports
 import csv
+import hashlib
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ class State:
     epoch: int = 0                       # finished epochs of this stage
     step: int = 0                        # finished steps of this stage
     pseudo: Keypoints | None = None      # (N, K) in image px, once stage 2 is over
+    labels: str = ""                     # a digest of what people have labelled
 
 def adam(model: nn.Module, lr: float) -> torch.optim.Adam:
     """The optimiser of both stages, with its arithmetic in one pass over the weights."""
@@ -74,7 +76,8 @@ def start(config: Config, data: TrainingSet) -> State:
         from timm.layers import convert_sync_batchnorm       # torch's own would lose the activations in timm's batch norms
         student = convert_sync_batchnorm(student)
     student.to(data.canvases.device)
-    return State(student, deepcopy(student), adam(student, config.supervised_lr))
+    labels = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in data.labels)).hexdigest()[:16]
+    return State(student, deepcopy(student), adam(student, config.supervised_lr), labels=labels)
 
 # %% ../nbs/13_run.ipynb #save
 def save_checkpoint(file: Path, state: State) -> None:
@@ -84,12 +87,12 @@ def save_checkpoint(file: Path, state: State) -> None:
     tensors |= {f"optimiser.{i}.{k}": v for i, s in state.optimiser.state_dict()["state"].items() for k, v in s.items()}
     if state.pseudo is not None:
         tensors |= {f"pseudo.{k}": v for k, v in state.pseudo._asdict().items()}
-    where = dict(stage=state.stage, epoch=str(state.epoch), step=str(state.step))
+    where = dict(stage=state.stage, epoch=str(state.epoch), step=str(state.step), labels=state.labels)
     write_tensors(file, tensors, where)
 
 # %% ../nbs/13_run.ipynb #load
 def load_checkpoint(file: Path, config: Config, data: TrainingSet) -> State:
-    """The state that `save_checkpoint` wrote; ValueError if the file is damaged or belongs to another network or data set."""
+    """The state that `save_checkpoint` wrote; ValueError if the file is damaged or belongs to another network or data set, or to other labels."""
     device, state = data.canvases.device, start(config, data)
     try:
         with safe_open(file, "pt") as f:
@@ -105,6 +108,8 @@ def load_checkpoint(file: Path, config: Config, data: TrainingSet) -> State:
         raise ValueError(f"{file}: no checkpoint of this run ({' '.join(str(e).split())[:300]})") from None
     if parts["pseudo"] and len(parts["pseudo"]["xy"]) != len(data.canvases):
         raise ValueError(f"{file}: pseudo-labels of {len(parts['pseudo']['xy'])} instances, but the data set has {len(data.canvases)}")
+    if where.get("labels", state.labels) != state.labels:
+        raise ValueError(f"{file}: was trained with other labels than those that are there now; a run goes on as it began")
     memory, weights = {}, list(state.student.parameters())
     for name, value in parts["optimiser"].items():
         i, _, key = name.partition(".")

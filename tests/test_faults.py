@@ -206,6 +206,16 @@ def test_checkpoint_of_another_network(place, capsys):
     refused(capsys, train("--resume", out="run"), "run/checkpoint.safetensors", "no checkpoint of this run", "shape")
 
 
+def test_labels_that_were_changed_since(place, capsys):
+    """A person corrects a labelled animal in the set, and goes on with what was trained before."""
+    file = Path("set/annotations/ap10k-train-split1.json")
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        annotation["keypoints"][0] += 1
+    file.write_text(json.dumps(content))
+    refused(capsys, train("--resume", out="run"), "run/checkpoint.safetensors", "other labels")
+
+
 def test_run_folders(place, capsys):
     refused(capsys, train(out="run"), "run: already there", "--resume")
     refused(capsys, train("--resume", "--seed", "5", out="run"), "run/config.json", "seed is 0 there, but 5")

@@ -226,10 +226,12 @@ def test_checkpoints_of_others_are_refused(config, material, finished, tmp_path)
     fewer = replace(material.data, canvases=replace(material.data.canvases, pixels=material.data.canvases.pixels[:-1]))
     with pytest.raises(ValueError, match="checkpoint.safetensors: pseudo-labels") as short:
         load_checkpoint(file, config, fewer)
+    with pytest.raises(ValueError, match="checkpoint.safetensors: was trained with other labels") as moved:
+        load_checkpoint(file, config, replace(material.data, labels=material.data.labels._replace(xy=material.data.labels.xy + 1)))
     (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="cut.safetensors") as cut:
         load_checkpoint(tmp_path / "cut.safetensors", config, material.data)
-    assert not any("\n" in str(e.value) for e in (wide, short, cut))
+    assert not any("\n" in str(e.value) for e in (wide, short, moved, cut))
 
 
 # ---- the held-back truth
