@@ -34,7 +34,7 @@ class Instance:
     category_id: int = 1
 
 class Truth(NamedTuple):
-    """The keypoints of N instances. Held back from training: only `reveal` and the evaluation open it."""
+    """The keypoints of N instances. Held back from training, which gets of it what `reveal` lets through."""
     xy: np.ndarray        # (N, K, 2) float32, image px; 0 where not annotated
     visible: np.ndarray   # (N, K) uint8, COCO's flag: 0 not annotated, 1 annotated but hidden, 2 visible
     area: np.ndarray      # (N,) float64, px²: the s² of OKS
@@ -155,8 +155,8 @@ def read_keypoints(file, entry: dict, k: int) -> np.ndarray:
 def read_coco(file, images=None, schema: KeypointSchema | None = None) -> PoseSet:
     """Read a COCO keypoint file and check all of it, or raise ValueError or FileNotFoundError: one line with file and entry.
 
-    `images`: the pictures' folder (they are not opened); where None, the `data/` or `images/` beside `annotations/` or
-    beside the file. `schema`: instead of the one in the file, when it lacks sigmas."""
+    `images`: the pictures' folder (they are not opened); where None, the `data/` or `images/` beside the
+    file, or else beside its folder (`annotations/`). `schema`: instead of the one in the file, when it lacks sigmas."""
     file, data = Path(file), read_json(file)
     pictures, entries, categories = (by_id(file, data, part) for part in ("images", "annotations", "categories"))
     names = Counter(str(c.get("name", "")) for c in categories.values())
@@ -165,7 +165,7 @@ def read_coco(file, images=None, schema: KeypointSchema | None = None) -> PoseSe
     described = schema_of(file, list(categories.values()))
     if schema is not None and len(schema) != len(described):
         raise ValueError(f"{file}: {len(described)} keypoints, but the schema has {len(schema)}")
-    near = (base / d for base in (file.parent.parent, file.parent) for d in ("data", "images"))
+    near = (base / d for base in (file.parent, file.parent.parent) for d in ("data", "images"))
     folder = Path(images or next((d for d in near if d.is_dir()), file.parent))
     rows = [(read_instance(file, e, pictures, categories, folder), read_keypoints(file, e, len(described)),
              *numbers(f"{file}: annotation {e['id']}: area", [e.get("area") or math.prod(map(float, e["bbox"][2:]))], 1))

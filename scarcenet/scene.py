@@ -106,7 +106,7 @@ def cast(bodies: list[Body], camera: Camera, height: int, width: int, blend: flo
 
 # %% ../nbs/03_scene.ipynb #noise
 def noise(rng, height: int, width: int, cells=((48, 1.), (17, .6), (6, .4), (2, .3))) -> np.ndarray:
-    """(h, w) float32 smooth noise of variance about one, summed over cells of several (size in px, amplitude)."""
+    """(h, w) float32 smooth noise of mean 0 and variance near one, summed over cells of several (size in px, amplitude)."""
     total = np.zeros((height, width), np.float32)
     for cell, amplitude in cells:
         grid = rng.standard_normal((height // cell + 2, width // cell + 2), dtype=np.float32)

@@ -54,7 +54,7 @@ class KeypointSchema:
             order[a], order[b] = b, a
         return order
 
-# for sets that give no sigmas of their own: the mean of COCO's seventeen, rounded
+# for sets that give no sigmas of their own: the geometric mean of COCO's seventeen
 DEFAULT_SIGMA = 0.06
 
 # %% ../nbs/00_schema.ipynb #ap10k

@@ -57,6 +57,17 @@ def poses_of(tmp_path, data) -> PoseSet:
     return read_coco(tmp_path / "set.json")
 
 
+def test_a_file_and_a_folder_find_the_same_pictures(tmp_path):
+    """`read_coco` of a file, as `check` calls it, and of a folder's split, as training does; also beside somebody else's `data/`."""
+    for name in ("mice/train.json", "rats/annotations/train.json"):
+        write_json(tmp_path / name, animals(2))
+    for pictures in ("data", "mice/images", "rats/images"):
+        (tmp_path / pictures).mkdir()
+    for name in ("mice", "rats"):
+        file, images = find_split(tmp_path / name, "train")
+        assert read_coco(file).folder == read_coco(file, images).folder == tmp_path / name / "images"
+
+
 def test_ap10k_layout(folder):
     for number in (1, 2, 3):
         for split in ("train", "val", "test"):
