@@ -56,12 +56,13 @@ class PoseSet:
     skipped: dict[str, int] = field(default_factory=dict)       # reason -> number of annotations left out
     bare: tuple[Instance, ...] = field(default=(), repr=False)  # left out for want of a keypoint: a box alone
     folder: Path = Path()                                       # of the pictures
+    crowds: tuple[Instance, ...] = field(default=(), repr=False)    # herds in one box, which nobody learns from: what falls on them is no mistake
 
     def __len__(self) -> int:
         return len(self.instances)
 
     def subset(self, index) -> "PoseSet":
-        """The rows that `index` picks, a (N,) bool mask or row numbers; `bare` and `skipped` stay as they are."""
+        """The rows that `index` picks, a (N,) bool mask or row numbers; `bare`, `crowds` and `skipped` stay as they are."""
         rows = np.arange(len(self))[np.asarray(index, dtype=None if len(index) else int)]
         return replace(self, instances=tuple(self.instances[i] for i in rows), truth=Truth(*(a[rows] for a in self.truth)))
 
@@ -71,9 +72,10 @@ class PoseSet:
 
 # %% ../nbs/02_coco.ipynb #schema
 def plain_name(name: str) -> str:
-    """`L_F_Paw`, `left front paw` and `left_front_paw` are one name: the last."""
+    """`L_F_Paw`, `left front paw`, `frontPawL` (but for the order) and `left_front_paw` are one name: the last. A letter alone is a name, not a side."""
     long = {"l": "left", "r": "right", "f": "front", "b": "back"}
-    return "_".join(long.get(word, word) for word in re.split(r"[\W_]+", name.strip().lower()))
+    words = re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower())
+    return "_".join(long.get(word, word) for word in words) if len(words) > 1 else words[0]
 
 def name_pairs(names: list[str]) -> tuple[tuple[int, int], ...]:
     """(left, right) indices of the names that differ only in the side."""
@@ -90,14 +92,17 @@ def schema_of(file, categories: list[dict]) -> KeypointSchema:
             raise ValueError(f"{where} has no list of keypoint names: not a COCO keypoint file")
         if names != first["keypoints"]:
             raise ValueError(f"{where} has other keypoints ({len(names)}) than {first.get('name')!r} ({len(first['keypoints'])})")
-    if tuple(map(plain_name, names)) == AP10K.names:
-        return AP10K
     try:
+        sigmas = tuple(map(float, first.get("sigmas") or ()))
+        if tuple(map(plain_name, names)) == AP10K.names:
+            return replace(AP10K, sigmas=sigmas) if sigmas else AP10K
         flips = tuple((a, b) for a, b in first["flip_pairs"]) if "flip_pairs" in first else name_pairs(names)
         bones = tuple((a - 1, b - 1) for a, b in first.get("skeleton") or ())
-        return KeypointSchema(tuple(names), flips, bones, tuple(map(float, first.get("sigmas") or ())))
+        schema = KeypointSchema(tuple(names), flips, bones, sigmas)
     except (TypeError, ValueError) as e:
         raise ValueError(f"{file}: category {first.get('name')!r}: {e}") from None
+    at_left = lambda pair: "left" in plain_name(names[pair[0]]) or "left" not in plain_name(names[pair[1]])      # a file may say (right, left)
+    return replace(schema, flip_pairs=tuple(p if at_left(p) else p[::-1] for p in schema.flip_pairs))
 
 # %% ../nbs/02_coco.ipynb #pieces
 def by_id(file, data, part: str) -> dict[int, dict]:
@@ -170,14 +175,15 @@ def read_coco(file, images=None, schema: KeypointSchema | None = None) -> PoseSe
     rows = [(read_instance(file, e, pictures, categories, folder), read_keypoints(file, e, len(described)),
              *numbers(f"{file}: annotation {e['id']}: area", [e.get("area") or math.prod(map(float, e["bbox"][2:]))], 1))
             for e in entries.values() if not e.get("iscrowd")]
+    crowds = tuple(read_instance(file, e, pictures, categories, folder) for e in entries.values() if e.get("iscrowd"))
     instances, points, area = zip(*rows) if rows else ((),) * 3
     points, area = np.array(points).reshape(-1, len(described), 3), np.array(area)
     if (area < 0).any():
         raise ValueError(f"{file}: annotation {instances[area.argmin()].id}: area {area.min():g} is negative")
     posed = points[..., 2].any(1)
-    skipped = {"crowd": len(entries) - len(rows), "no keypoints": int((~posed).sum())}
+    skipped = {"crowd": len(crowds), "no keypoints": int((~posed).sum())}
     everything = PoseSet(schema or described, instances, Truth(points[..., :2].astype(np.float32), points[..., 2].astype(np.uint8), area),
-                         file, {why: n for why, n in skipped.items() if n}, tuple(i for i, p in zip(instances, posed) if not p), folder)
+                         file, {why: n for why, n in skipped.items() if n}, tuple(i for i, p in zip(instances, posed) if not p), folder, crowds)
     return everything.subset(posed)
 
 def find_split(root, split: str, number: int = 1) -> tuple[Path, Path | None]:
@@ -196,26 +202,30 @@ class Report:
     categories: dict[str, int]      # instances of each
     families: dict[str, int]
     skipped: dict[str, int]
+    sides: list[str]                # "left / right", the names of each pair
     odd: dict[str, list]            # what is odd -> annotation ids, or picture files
 
     def __str__(self) -> str:
         counts = lambda c: ", ".join(f"{n} {name}" for name, n in c.items()) or "none"
         lines = [f"{self.file}: {counts(self.size)}", f"{len(self.families)} families: {counts(self.families)}",
-                 f"{len(self.categories)} categories: {counts(self.categories)}", f"skipped: {counts(self.skipped)}"]
+                 f"{len(self.categories)} categories: {counts(self.categories)}", f"skipped: {counts(self.skipped)}",
+                 f"left / right: {', '.join(self.sides) or 'none; a mirrored view exchanges no keypoints'}"]
         return "\n".join(lines + [f"{what}: {len(ids)}" + (f", first {ids[0]}" if ids else "") for what, ids in self.odd.items()])
 
 def check_poses(poses: PoseSet) -> Report:
-    """Count a set; find what lies outside its picture by more than a pixel, and picture files that are not there."""
-    size, ids, low = np.stack([poses.column("width"), poses.column("height")], 1), poses.column("id"), poses.column("box")[:, :2]
-    high = low + poses.column("box")[:, 2:]
+    """Count a set, with the animals that have a box and no keypoints; find what lies outside its picture by more than a pixel, and picture files that are not there."""
+    every = replace(poses, instances=poses.instances + poses.bare)
+    size, ids, low = np.stack([every.column("width"), every.column("height")], 1), every.column("id"), every.column("box")[:, :2]
+    high = low + every.column("box")[:, 2:]
     wholly, beyond = ((high <= 0) | (low >= size)).any(1), ((low < -1) | (high > size + 1)).any(1)
-    stray = ((poses.truth.xy < -1) | (poses.truth.xy > size[:, None] + 1)).any(2)   # those not annotated are at 0
+    stray = ((poses.truth.xy < -1) | (poses.truth.xy > size[:len(poses), None] + 1)).any(2)   # those not annotated are at 0
     odd = {"boxes partly outside the picture": ids[beyond & ~wholly].tolist(), "boxes wholly outside the picture": ids[wholly].tolist(),
            "keypoints outside the picture": ids[np.nonzero(stray)[0]].tolist(),
-           "missing pictures": [str(f) for f in dict.fromkeys(i.file for i in poses.instances + poses.bare) if not f.is_file()]}
-    count = lambda kind: dict(sorted(Counter(poses.column(kind).tolist()).items()))
-    size = {"pictures": len(count("image_id")), "instances": len(poses), "keypoints each": len(poses.schema)}
-    return Report(poses.file, size, count("category"), count("family"), poses.skipped, odd)
+           "missing pictures": [str(f) for f in dict.fromkeys(i.file for i in every.instances) if not f.is_file()]}
+    count = lambda kind: dict(sorted(Counter(every.column(kind).tolist()).items()))
+    size = {"pictures": len(count("image_id")), "instances": len(every), "with keypoints": len(poses), "keypoints each": len(poses.schema)}
+    sides = [f"{poses.schema.names[a]} / {poses.schema.names[b]}" for a, b in poses.schema.flip_pairs]
+    return Report(poses.file, size, count("category"), count("family"), {"crowd": len(poses.crowds)} if poses.crowds else {}, sides, odd)
 
 # %% ../nbs/02_coco.ipynb #write
 def coco_json(poses: PoseSet, **columns) -> dict:

@@ -136,9 +136,9 @@ class Config:
         """ValueError for a number that makes no sense, before anything is read or written."""
         counts = dict(split=1, seed=0, size=32, supervised_epochs=0, supervised_repeat=1, supervised_batch=1, views=1,
                       epochs=0, batch=1, labelled_repeat=1, keep_epochs=1, ramp_epochs=1, evaluate_every=1)
-        shares = ("half_body", "centre_jitter", "scale_factor", "drop", "keep_floor", "ema")
+        shares = ("half_body", "centre_jitter", "drop", "keep_floor", "ema")
         widths = ("supervised_lr", "lr", "rotation_factor", "truth_weight", "agree_px", "consistency", "canvas_mb")
-        limits = {n: (low, float("inf")) for n, low in counts.items()} | dict.fromkeys(shares, (0, 1)) | dict.fromkeys(widths, (0, 1e9)) | {"sigma": (0.1, 1e6)}
+        limits = {n: (low, float("inf")) for n, low in counts.items()} | dict.fromkeys(shares, (0, 1)) | dict.fromkeys(widths, (0, 1e9)) | {"sigma": (0.1, 1e6), "scale_factor": (0, 0.9)}
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:          # nan fails, too
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {low}" + (f" and at most {high}" if high < 1e9 else ""))

@@ -95,7 +95,7 @@ def read_picture(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:    # what Pillow's decoders raise
         raise ValueError(f"{file}: not a picture that can be decoded ({' '.join(str(error).replace(str(file), 'it').split())})") from None
     if size and size != pixels.shape[:2]:
-        raise ValueError(f"{file}: {pixels.shape[1]} x {pixels.shape[0]} px, but the set says {size[1]} x {size[0]}")
+        raise ValueError(f"{file}: {pixels.shape[1]} x {pixels.shape[0]} px, but the set says {size[1]} x {size[0]} (of the pixels as they are stored, before any EXIF flag turns them)")
     return pixels
 
 # %% ../nbs/05_data.ipynb #broken

@@ -8,6 +8,7 @@ __all__ = ['oks', 'rescore', 'oks_nms', 'coco_results', 'Curves', 'coco_curves',
 
 # %% ../nbs/12_evaluate.ipynb #imports
 import io
+from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import redirect_stdout
 from typing import NamedTuple
@@ -74,12 +75,18 @@ class Curves(NamedTuple):
     categories: tuple[str, ...]
 
 def coco_curves(poses: PoseSet, results: Sequence[dict]) -> Curves:
-    """Match COCO keypoint `results` against the truth of `poses`, with its schema's sigmas."""
+    """Match COCO keypoint `results` against the truth of `poses`, with its schema's sigmas.
+
+    Of a picture, as many results of a category count as it has animals, COCO's 20 at least: in a herd, every animal has its own.
+    """
     from pycocotools.coco import COCO   # here, so that the package imports without it
     from pycocotools.cocoeval import COCOeval
     with redirect_stdout(io.StringIO()):
         truth, found = COCO(), COCO()
         truth.dataset = coco_json(with_bare(poses)) | {"info": {}}   # what falls on an animal without keypoints is ignored
+        herds = [dict(image_id=i.image_id, category_id=i.category_id, bbox=i.box, area=i.box[2] * i.box[3], iscrowd=1, num_keypoints=0,
+                      keypoints=[0] * 3 * len(poses.schema)) for i in poses.crowds]
+        truth.dataset["annotations"] += herds                        # and what falls on a crowd
         for n, annotation in enumerate(truth.dataset["annotations"], 1):
             annotation["id"] = n                                     # pycocotools takes a match with number 0 for none
         truth.createIndex()
@@ -88,6 +95,7 @@ def coco_curves(poses: PoseSet, results: Sequence[dict]) -> Curves:
             found = truth.loadRes([dict(r) for r in results])
         judge = COCOeval(truth, found, "keypoints")
         judge.params.kpt_oks_sigmas = np.array(poses.schema.sigmas)
+        judge.params.maxDets = [max([20, *Counter((i.image_id, i.category_id) for i in poses.instances).values()])]
         judge.evaluate()
         judge.accumulate()
     names = {c["id"]: c["name"] for c in truth.dataset["categories"]}

@@ -23,7 +23,7 @@ import torch
 import traitlets
 from matplotlib.figure import Figure
 
-from .audit import audit_table, draw_fates, draw_flow, draw_what_if, fates, judge, what_if
+from .audit import audit_table, draw_fates, draw_flow, draw_what_if, judge, misled, what_if
 from .coco import PoseSet
 from .data import read_picture
 from .evaluate import hits
@@ -137,9 +137,11 @@ def explore(run: Path, most: int = 200, seed: int = 0) -> Explorer:
     return Explorer(ledger, poses, pick(ledger, poses, most, seed))
 
 def pick(ledger: Ledger, poses: PoseSet, most: int, seed: int = 0) -> np.ndarray:
-    """Up to so many instances to look at: half of them those with most wrong labels in use at the last epoch, a few labelled ones, the others by lot."""
+    """Up to so many instances to look at: half of them those with most wrong targets in use at the last epoch, a few labelled ones, the others by lot."""
+    if most < 1:
+        raise ValueError(f"{most} animals: there must be at least one to look at")
     last, rng = judge(ledger, poses, ledger.epochs[-1:]), np.random.default_rng(seed)
-    wrong = last[fates(last) == "believed"].groupby("instance").size().sort_values(ascending=False, kind="stable").index.to_numpy()
+    wrong = last[misled(last)].groupby("instance").size().sort_values(ascending=False, kind="stable").index.to_numpy()
     labelled = rng.permutation(np.flatnonzero(ledger.instances["labelled"]))[:most // 10]
     some = np.concatenate([wrong[:most // 2], labelled])
     rest = rng.permutation(np.setdiff1d(np.flatnonzero(~ledger.instances["labelled"]), some))
@@ -161,8 +163,8 @@ def embedded(figure: Figure, title: str) -> str:
     return f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
 
 def worst_cases(ledger: Ledger, judged: pd.DataFrame, poses: PoseSet, most: int = 20) -> str:
-    """The believed mistakes of `judge`'s table with the highest confidence, as an HTML table."""
-    wrong = judged[fates(judged) == "believed"].nlargest(most, "score")
+    """The wrong targets in use of `judge`'s table whose labels had the highest confidence, as an HTML table."""
+    wrong = judged[misled(judged)].nlargest(most, "score")
     truth = poses.truth.xy[wrong["instance"], wrong["keypoint"]]
     far = np.linalg.norm(wrong[["target_x", "target_y"]].to_numpy() - truth, axis=1) / poses.column("box")[wrong["instance"], 2:].max(1)
     rows = {f"{r['file']}, instance {r['instance']}, {r['name']}": dict(category=r["category"], decision=r["decision"], confidence=float(r["score"]), distance=float(d))

@@ -296,9 +296,9 @@ function render({ model, el }) {
     const { width, height, picture: href, category: what, family, file, labelled } = instances[i];
     const unit = Math.max(width, height) / 100, margin = 3 * unit;
     if (image.getAttribute("href") !== href) {
-      picture.setAttribute("viewBox", [-margin, -margin, width + 2 * margin, height + 2 * margin].join(" "));
-      for (const copy of [image, closeup.firstChild]) {
-        for (const [name, value] of Object.entries({ href, width, height })) copy.setAttribute(name, value);
+      picture.setAttribute("viewBox", [-margin - 0.5, -margin - 0.5, width + 2 * margin, height + 2 * margin].join(" "));
+      for (const copy of [image, closeup.firstChild]) {       // a position is whole in the middle of a pixel
+        for (const [name, value] of Object.entries({ href, width, height, x: -0.5, y: -0.5 })) copy.setAttribute(name, value);
       }
     }
     caption.replaceChildren(h("b", {}, what), ` (${family}) · ${file} · ${labelled ? "labelled by a person" : "unlabelled"}`);

@@ -27,7 +27,7 @@ def explain(run: tyro.conf.Positional[Path], instance: int, keypoint: str, epoch
     target, ledger = picture and new_file(picture), open_run_ledger(run)
     epoch, k = ledger.epoch(epoch), find_keypoint(ledger, instance, keypoint)
     print(verdict(ledger, instance, k, epoch))
-    life = read_frame(ledger).query("instance == @instance and keypoint == @k")
+    life = read_frame(ledger, instance=instance).query("keypoint == @k")
     print("epochs: " + " ".join(f"{e}:{d}" for e, d in zip(life["epoch"], life["decision"])))
     if target:
         from scarcenet.data import read_picture

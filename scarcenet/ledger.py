@@ -78,13 +78,14 @@ def open_run_ledger(run: Path) -> Ledger:
     return Ledger(folder, config, instances, names, *parts, tuple(epochs))
 
 # %% ../nbs/14_ledger.ipynb #frame
-def read_frame(ledger: Ledger, epochs: Sequence[int] | None = None, last: bool = True) -> pd.DataFrame:
-    """The epochs (all of them by default) as one table: a row for each keypoint of an instance's last visit in an epoch, or (`last=False`) of each visit.
+def read_frame(ledger: Ledger, epochs: Sequence[int] | None = None, last: bool = True, instance: int | None = None) -> pd.DataFrame:
+    """The epochs (all of them by default) as one table: a row for each keypoint of an instance's last visit in an epoch, or (`last=False`) of each visit; of all instances, or of one.
 
     Positions are in image px, `distance` in heatmap px. `rank` counts from 0 among the losses of the batch that took part in
     the selection, of which the first `quota` were reliable; both are missing where the keypoint took no part.
     """
-    parts = [_frame(ledger, epoch, last) for epoch in (ledger.epochs if epochs is None else epochs)]
+    mine = lambda frame: frame if instance is None else frame[frame["instance"] == instance]      # here, since all epochs of a large set fill the memory
+    parts = [mine(_frame(ledger, epoch, last)) for epoch in (ledger.epochs if epochs is None else epochs)]
     if not parts:
         raise ValueError(f"{ledger.folder}: no epoch is on record yet")
     frame = pd.concat(parts, ignore_index=True)
@@ -149,7 +150,7 @@ def find_keypoint(ledger: Ledger, instance: int, keypoint: str | int) -> int:
 def explain(ledger: Ledger, instance: int, keypoint: str | int, epoch: int) -> str:
     """What became of a keypoint in an epoch, and why: a few lines of text."""
     k, config = find_keypoint(ledger, instance, keypoint), ledger.config
-    row = read_frame(ledger, [epoch]).set_index(["instance", "keypoint"]).loc[(instance, k)]
+    row = read_frame(ledger, [epoch], instance=instance).set_index(["instance", "keypoint"]).loc[(instance, k)]
     free = ~ledger.labelled
     cut = float(ledger.score[free][ledger.has_label[free]].min()) if ledger.has_label[free].any() else float("inf")
     lines = [f"{row['file']}, instance {instance} ({row['category']}, {row['family']}), {ledger.names[k]}, epoch {epoch} of {config.epochs}: {row['decision'].upper()}"]
@@ -181,7 +182,7 @@ def draw_explained(ledger: Ledger, picture: np.ndarray, instance: int, keypoint:
     `truth` (2,), image px, is drawn if it is given: it is for the reader, the network has not seen it.
     """
     k, box = find_keypoint(ledger, instance, keypoint), ledger.instances.iloc[instance]
-    life = read_frame(ledger).query("instance == @instance and keypoint == @k").set_index("epoch")
+    life = read_frame(ledger, instance=instance).query("keypoint == @k").set_index("epoch")
     row, colours = life.loc[epoch], {d.name.lower(): c for d, c in DECISION_COLOURS.items()}
     figure = Figure(figsize=(8, 3.6), dpi=80, layout="constrained")
     axes = figure.subplot_mosaic([["animal", "strip"], ["animal", "numbers"]], width_ratios=(1, 1.1), height_ratios=(1, 4))

@@ -65,6 +65,8 @@ def gather(config: Config, zoo: Path, progress: bool = False) -> Material:
     device = pick_device(config.device)
     for batch in (config.supervised_batch, config.batch):
         own_rows(batch)                            # refuses what several processes cannot share, before anything is read
+    if config.data == "zoo" and Path("zoo").is_dir():
+        warnings.warn("data 'zoo' is the embedded set; the folder of that name is ./zoo")
     with first_before_others():
         root = write_zoo(zoo) if config.data == "zoo" else Path(config.data)
     train, val, test = (read_coco(*find_split(root, name, config.split)) for name in ("train", "val", "test"))

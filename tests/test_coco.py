@@ -100,6 +100,8 @@ def test_split_names(tmp_path):
 @pytest.mark.parametrize("names, pairs", [
     (("nose", "left_ear", "right_ear", "back", "tail"), ((1, 2),)),
     (("Nose", "L_Eye", "R_Eye", "R F Paw", "L F Paw"), ((1, 2), (4, 3))),
+    (("eyeL", "eyeR", "tailBase", "leftWing", "rightWing"), ((0, 1), (3, 4))),
+    (tuple("abklmqrs"), ()),
     (("a", "b", "left_only"), ()),
     (("fin-left", "fin-right"), ((0, 1),)),
 ])
@@ -121,6 +123,10 @@ def test_schema_in_category():
     assert schema_of("f", [category | dict(keypoints=["left", "right", "c"], flip_pairs=[])]).flip_pairs == ()   # said to have none
     assert schema_of("f", [dict(keypoints=list(AP10K.names), skeleton=[], flip_pairs=[])]) is AP10K
     assert name_pairs(AP10K.names) == AP10K.flip_pairs
+    # a file's own sigmas count, also for AP-10K's names; and the left one is the first of a pair, whatever the file says
+    ours = schema_of("f", [dict(keypoints=list(AP10K.names), sigmas=[.5] * 17)])
+    assert ours.sigmas == (.5,) * 17 and ours.flip_pairs == AP10K.flip_pairs
+    assert schema_of("f", [dict(keypoints=["right_ear", "left_ear", "x", "y"], flip_pairs=[[0, 1], [3, 2]])]).flip_pairs == ((1, 0), (3, 2))
 
 
 BROKEN = {
@@ -287,11 +293,18 @@ def test_write_and_read(tmp_path):
     assert [f.name for f in (tmp_path / "deeper").iterdir()] == ["again.json"]      # no temporary file is left
 
 
-def test_write_is_all_or_nothing(tmp_path):
+def test_write_is_all_or_nothing(tmp_path, monkeypatch):
     write_json(tmp_path / "a.json", [1])
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", [object()])
-    assert read_json(tmp_path / "a.json") == [1]
+    real = Path.write_text
+
+    def full(file, text, **how):
+        real(file, text[:3], **how)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError):
+        write_json(tmp_path / "a.json", [1, 2, 3])
+    assert read_json(tmp_path / "a.json") == [1] and [f.name for f in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_report(tmp_path):
@@ -307,6 +320,14 @@ def test_report(tmp_path):
     assert report.odd["boxes wholly outside the picture"] == [wholly["id"]]
     assert report.odd["keypoints outside the picture"] == [stray["id"]]
     assert len(report.odd["missing pictures"]) == 19
+    assert report.sides[0] == "left_eye / right_eye" and len(report.sides) == 7
+    # the unlabelled animals are looked at, too: those that have a box alone
+    for a in data["annotations"]:
+        if a["id"] % 20 == 0:
+            a["bbox"] = [330, 10, 30, 30]
+    bare = check_poses(poses := poses_of(tmp_path / "set", data))
+    assert len(bare.odd["boxes wholly outside the picture"]) == 1 + len(poses.bare) > 1
+    assert bare.size["instances"] == len(poses) + len(poses.bare) and bare.size["with keypoints"] == len(poses)
     assert sum(report.categories.values()) == sum(report.families.values()) == report.size["instances"]
     text = str(report)
     assert "20 pictures" in text and f"boxes wholly outside the picture: 1, first {wholly['id']}" in text

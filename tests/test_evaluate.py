@@ -147,6 +147,27 @@ def test_what_falls_on_an_animal_without_keypoints_is_ignored():
     assert average_precision(with_box, [*results, stray]) == pytest.approx(average_precision(poses, results))
 
 
+def test_what_falls_on_a_crowd_is_ignored():
+    """As pycocotools does with the whole file: a pose inside a crowd's box is neither right nor wrong."""
+    poses = make_poses(40, species=1, pictures=20)
+    xy, score = predict(poses)
+    alone = average_precision(poses, coco_results(poses, xy, score))["AP"]
+    lost = replace(poses, truth=poses.truth._replace(xy=poses.truth.xy.copy()))
+    lost.truth.xy[::2] += 5000                                         # half of them answer where no animal is
+    without = average_precision(lost, coco_results(lost, xy, score))["AP"]
+    crowd = tuple(replace(i, id=1000 + n, box=(0.0, 0.0, 400.0, 400.0)) for n, i in enumerate(poses.instances))
+    herded = replace(lost, crowds=crowd)
+    assert without < average_precision(herded, coco_results(herded, xy, score))["AP"] < alone
+
+
+def test_a_herd_counts_whole():
+    """COCO looks at the best 20 of a picture, which here would leave out a third of what was found for 30 annotated animals."""
+    poses = make_poses(30, species=1, pictures=1)
+    apart = replace(poses, truth=poses.truth._replace(xy=poses.truth.xy + 1000 * np.arange(30, dtype=np.float32)[:, None, None]))
+    scores = evaluate_poses(apart, apart.truth.xy, np.ones(apart.truth.visible.shape))["overall"]
+    assert scores["AP"] == scores["AR"] == 1
+
+
 def test_bad_predictions_are_named():
     poses = make_poses(6)
     xy, score = predict(poses)

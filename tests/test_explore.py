@@ -95,6 +95,11 @@ def test_bundle(run):
     assert not {"truth_xy", "truth_known", "right", "label_right"} & hidden["arrays"].keys()
 
 
+def test_no_animal_is_no_page(run):
+    with pytest.raises(ValueError, match="0 animals"):
+        report(run, most=0)
+
+
 @pytest.mark.parametrize("x", [-500.0, 5000.0, -20.0])
 def test_a_box_that_leaves_the_picture(run, x):
     poses = find_poses(open_run_ledger(run).config, run, split="train")
@@ -152,6 +157,8 @@ def test_the_report(run, page, tmp_path):
     page.goto(f"file://{tmp_path / 'report.html'}")
     at = lambda name: page.locator(f"[data-test={name}]")
     at("counts").wait_for()
+    # the middle of the picture's first pixel is at (0, 0), where `crop_picture`'s affine has it
+    assert set(page.locator("svg.picture image").evaluate_all("all => all.map(i => i.getAttribute('x') + ' ' + i.getAttribute('y'))")) == {"-0.5 -0.5"}
     assert page.locator("img").evaluate_all("all => all.filter(i => i.getAttribute('src') && i.loading != 'lazy' && !(i.complete && i.naturalWidth)).map(i => i.outerHTML.slice(0, 200))") == []
     assert not at("note").is_visible()
     before = at("counts").inner_text()

@@ -2,10 +2,11 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from scarcenet.audit import audit_table, fates, judge, what_if
+from scarcenet.audit import audit_table, fates, judge, misled, what_if
 from scarcenet.config import ORIGINAL, Config
 from scarcenet.ledger import explain, find_keypoint, open_run_ledger, read_frame, redecide
 from scarcenet.record import open_ledger, read_epoch, write_epoch
@@ -44,6 +45,7 @@ def test_the_same_rules_lead_to_the_same_decisions(run):
         record = ledger.record(epoch)
         assert torch.equal(redecide(ledger, epoch, record), record.decision)
         frame = read_frame(ledger, [epoch], last=False)
+        pd.testing.assert_frame_equal(read_frame(ledger, [epoch], last=False, instance=5), frame[frame["instance"] == 5].reset_index(drop=True), check_categorical=False)
         free = ~frame["labelled"]
         assert ((frame["rank"] < frame["quota"]) == (frame["decision"] == "reliable"))[free].all()
 
@@ -106,6 +108,14 @@ def test_audit_by_hand(run):
     assert fates(frame).notna().sum() == table["count"].sum()
     asked = what_if(ledger, material.train, 3, "keep", [0.0, 1.0])
     assert asked[(asked["keep"] == 0) & (asked["decision"] == "reliable")]["coverage"].item() == 0
+
+
+def test_fates_and_wrong_targets():
+    """A wrong target is in use where a wrong label was believed, and where a right one gave way to a wrong answer."""
+    cases = pd.DataFrame([("reliable", 1, 1, "kept", False), ("reliable", 0, 0, "believed", True), ("reusable", 0, 1, "rescued", False), ("reusable", 1, 0, "lost", True),
+                          ("consistency", 1, 1, "lost", False), ("ignored", 0, 0, "left alone", False), ("reusable", np.nan, np.nan, np.nan, False)],
+                         columns=["decision", "label_right", "target_right", "fate", "misled"])
+    assert fates(cases).astype(str).tolist() == cases["fate"].astype(str).tolist() and misled(cases).tolist() == cases["misled"].tolist()
 
 
 def test_resuming_writes_no_epoch_twice(run, tmp_path):

@@ -63,7 +63,6 @@ def test_transfer(seed, schema):
     xy = 64 * torch.rand(6, len(schema), 2, generator=rng)
     near(transfer(transfer(xy, a, b, swap), b, a, swap), xy, atol=2e-3, rtol=0)
     near(transfer(transfer(xy, a, b, swap), b, c, swap), transfer(xy, a, c, swap), atol=5e-3, rtol=0)
-    near(transfer(xy, a, b, swap), to_view(from_view(xy, a, swap), b, swap), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("k", SCHEMAS)
@@ -563,15 +562,25 @@ def test_a_step_in_a_mirror(seed, schema):
     """Turning a batch's strong view over, picture and affine, turns the supervised target over: the loss knows the sides."""
     data = training_set(schema, seeded(seed))
     batch = make_batch(data.canvases, data.labels, torch.arange(24), schema, seeded(seed, 1), looks=False)
+    at = apply(batch.strong.affine, batch.xy)                                  # at the edges `encode` is the original's, which knows left from right
+    batch = batch._replace(weight=batch.weight * ((at > 8) & (at < 52)).all(-1))
     flip = mirror(torch.tensor(60.0))                                          # heatmap px i <-> 15 - i
     over = batch._replace(strong=View(batch.strong.pictures.flip(-1), flip @ batch.strong.affine))
 
-    class Mirror(nn.Module):
-        """Predicts nothing, so that the loss is the targets' alone."""
+    class Says(nn.Module):
+        """Predicts a value for each keypoint everywhere, so that the loss depends on which map is whose."""
+        def __init__(self, values):
+            super().__init__()
+            self.values = values
+
         def forward(self, pictures):
-            return pictures.new_zeros(len(pictures), len(schema), 16, 16)
-    config = Config(size=64)
-    near(supervised_step(Mirror(), batch, config, schema), supervised_step(Mirror(), over, config, schema), rtol=1e-3, atol=1e-7)
+            return self.values.view(1, -1, 1, 1).expand(len(pictures), -1, 16, 16)
+
+    config, values = Config(size=64), torch.arange(1.0, len(schema) + 1)
+    straight = supervised_step(Says(values), batch, config, schema)
+    near(supervised_step(Says(values[schema.swap]), over, config, schema), straight, rtol=1e-3, atol=1e-7)
+    if schema.flip_pairs:                                                      # the same maps with the sides exchanged are another answer
+        assert (supervised_step(Says(values), over, config, schema) - straight).abs() > 1e-4
 
 
 @some

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from scarcenet import trials
 from scarcenet.coco import Labels, find_split, read_coco
 from scarcenet.config import ORIGINAL, Config
-from scarcenet.data import TrainingSet, load_canvases
+from scarcenet.data import TrainingSet, load_canvases, make_batch, seeded
 from scarcenet.evaluate import pck
 from scarcenet.labels import reveal
 from scarcenet.record import by_instance
 from scarcenet.relabel import Decision
-from scarcenet.run import load_checkpoint, open_run, read_config, read_rows, save_checkpoint
-from scarcenet.train import fit, join_labels, learning_rate
+from scarcenet.run import load_checkpoint, open_run, read_config, read_rows, save_checkpoint, start
+from scarcenet.teacher import ema_decay
+from scarcenet.train import begin_scarce, fit, join_labels, learn_scarce, learning_rate, make_engine
 from scarcenet.trials import gather, predict, train_run
 from scarcenet.weights import load_weights
 
@@ -96,11 +97,32 @@ def test_pseudo_labels_of_all(material, whole):
     assert pseudo.xy.isfinite().all()
 
 
-def test_the_teacher_is_an_average(whole):
-    state = whole[0][-1].state
-    pairs = list(zip(state.student.parameters(), state.teacher.parameters()))
-    assert any(not torch.equal(s, t) for s, t in pairs)
-    assert all((s - t).abs().max() < 1 for s, t in pairs)
+def test_what_a_step_does(config, material):
+    """The student descends on both terms; the teacher is the student after the first step, and then the average that `ema_decay` says."""
+    def steps(**changes):
+        settings = replace(config, ramp_epochs=1, **changes)
+        state = begin_scarce(settings, material.data, start(settings, material.data))
+        state.epoch, engine = 1, make_engine(settings, state)                   # the ramp is over
+        labels, seen = join_labels(material.data.labels, state.pseudo, settings.drop), []
+        for n in range(2):
+            engine.student.train()
+            engine.teacher.eval()
+            batch = make_batch(material.data.canvases, labels, torch.arange(8) + 8 * n, material.train.schema, seeded(n), settings.half_body, settings.strong)
+            losses, _ = learn_scarce(settings, material.data, state, engine, batch)
+            state.step += 1
+            seen.append([[p.detach().clone() for p in net.parameters()] for net in (state.student, state.teacher)] + [losses])
+        return seen
+
+    (first, teacher, losses), (second, later, _) = steps()
+    assert losses[2] > 0 and losses[0] == pytest.approx(float(losses[1] + losses[2]), rel=1e-5)
+    assert all(torch.equal(s, t) for s, t in zip(first, teacher))
+    assert ema_decay(1, config.ema) == 0.5
+    for s, t, new in zip(second, teacher, later):
+        torch.testing.assert_close(new, 0.5 * t + 0.5 * s)
+    assert any(not torch.equal(s, t) for s, t in zip(second, later))
+    alone = steps(consistency=0.0)[0]
+    assert alone[2][2] == 0 and alone[2][1] == losses[1]                        # the same batch, and what is learnt from it differs
+    assert any(not torch.equal(a, b) for a, b in zip(alone[0], first))
 
 
 def test_stage_one_alone(config, material):
