@@ -72,7 +72,7 @@ class PoseSet:
 
 # %% ../nbs/02_coco.ipynb #schema
 def plain_name(name: str) -> str:
-    """`L_F_Paw`, `left front paw`, `frontPawL` (but for the order) and `left_front_paw` are one name: the last. A letter alone is a name, not a side."""
+    """`L_F_Paw`, `left front paw`, `leftFrontPaw` and `left_front_paw` are one name: the last. A letter alone is a name, not a side."""
     long = {"l": "left", "r": "right", "f": "front", "b": "back"}
     words = re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower())
     return "_".join(long.get(word, word) for word in words) if len(words) > 1 else words[0]
