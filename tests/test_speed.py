@@ -23,7 +23,7 @@ from scarcenet.machine import Fast
 from scarcenet.pseudo import locate, multi_views
 from scarcenet.run import State
 from scarcenet.schema import AP10K
-from scarcenet.train import Engine, fit, learn_scarce, learn_supervised, make_engine, make_pseudo
+from scarcenet.train import Engine, fit, learn_scarce, learn_supervised, make_pseudo
 
 CPU = torch.device("cpu")
 
@@ -284,20 +284,3 @@ assert model[0].weight.grad.abs().sum() > 0
     nowhere = os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=nowhere, capture_output=True, text=True)
     assert done.returncode == 0 and "No working C++ compiler" in done.stderr, done.stderr[-2000:]
-
-
-# ---- on a GPU
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_python_never_waits_for_the_gpu():
-    """CUDA itself raises an error wherever a step, views included, lets Python wait."""
-    data, config = training_set(16, 64, "cuda"), replace(Config(size=64), precision="bf16")
-    student, teacher = tiny(17).cuda(), tiny(17).cuda().eval()
-    state = State(student, teacher, torch.optim.Adam(student.parameters(), fused=True), "scarce")
-    engine = make_engine(config, state)
-    for seed in range(4):                                          # the first makes what is made once
-        torch.cuda.set_sync_debug_mode("error" if seed else "default")
-        try:
-            learn_scarce(config, data, state, engine, make_batch(data.canvases, data.labels, torch.arange(16), AP10K, seeded(seed), 1.0, config.strong))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,93 @@
+"""The same training on a GPU: it computes what the CPU computes, never waits where it need not, and its files are read anywhere. Skipped without CUDA."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from scarcenet.config import DEMO, Config
+from scarcenet.data import make_batch, seeded
+from scarcenet.hrnet import tiny
+from scarcenet.run import State, load_checkpoint
+from scarcenet.schema import AP10K
+from scarcenet.steps import scarce_step
+from scarcenet.train import fit, learn_scarce, make_engine
+from scarcenet.trials import evaluate_network, gather, train_run
+from test_speed import training_set
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def networks(device: str):
+    """A student and a teacher, untrained, whose maps have peaks."""
+    torch.manual_seed(0)
+    pair = tiny(17), tiny(17)
+    for model in pair:
+        torch.nn.init.normal_(model.head.weight, std=0.1)
+    return tuple(model.to(device) for model in pair)
+
+
+def test_python_never_waits_for_the_gpu():
+    """CUDA itself raises an error wherever a step, views included, lets Python wait."""
+    data, config, (student, teacher) = training_set(16, 64, "cuda"), replace(Config(size=64), precision="bf16"), networks("cuda")
+    state = State(student, teacher.eval(), torch.optim.Adam(student.parameters(), fused=True), "scarce")
+    engine = make_engine(config, state)
+    for seed in range(4):                                          # the first makes what is made once
+        torch.cuda.set_sync_debug_mode("error" if seed else "default")
+        try:
+            learn_scarce(config, data, state, engine, make_batch(data.canvases, data.labels, torch.arange(16), AP10K, seeded(seed), 1.0, config.strong))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_is_the_same_on_both_devices():
+    """Views, losses, decisions and gradients of one batch, in float32."""
+    config, steps = Config(size=64, agree_px=3.0, consistency_soft=True), {}
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        for device in ("cpu", "cuda"):
+            data, (student, teacher) = training_set(16, 64, device), networks(device)
+            batch = make_batch(data.canvases, data.labels, torch.arange(16), AP10K, seeded(1), 1.0, config.strong)
+            step = scarce_step(student.train(), teacher.eval(), batch, 20, config, AP10K)
+            step.loss.backward()
+            steps[device] = batch, step, torch.cat([p.grad.flatten() for p in student.parameters()]).cpu()
+    (views, here, gradient), (others, there, other) = steps.values()
+    for view in ("strong", "weak", "plain"):
+        pictures, same = getattr(views, view).pictures, getattr(others, view).pictures.cpu()
+        assert ((pictures - same).abs() < 0.05).float().mean() > 0.99, view          # a grey value is 1 / 58; some are rounded the other way
+    assert there.loss.item() == pytest.approx(here.loss.item(), rel=1e-2)
+    assert (there.decision.cpu() == here.decision).float().mean() > 0.95 and len(here.decision.unique()) > 2
+    assert torch.cosine_similarity(gradient, other, 0) > 0.98
+
+
+def test_fp16_learns_with_its_scale():
+    data, config = training_set(16, 64, "cuda"), replace(Config(size=64), precision="fp16")
+    student, teacher = networks("cuda")
+    state = State(student, teacher.eval(), torch.optim.Adam(student.parameters(), 1e-3, fused=True), "scarce")
+    engine, losses = make_engine(config, state), []
+    for seed in range(40):
+        batch = make_batch(data.canvases, data.labels, torch.arange(16), AP10K, seeded(seed), 0.0, config.strong)
+        student.train()
+        losses.append(learn_scarce(config, data, state, engine, batch)[0][1].item())
+    assert engine.scaler.get_scale() > 1 and all(p.isfinite().all() for p in student.parameters())
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[2:7])
+
+
+@pytest.mark.parametrize("canvas_mb", [8192.0, 0.0])
+def test_a_run_on_the_gpu_is_read_on_the_cpu(zoo, tmp_path, canvas_mb):
+    """In bf16, from pictures on the GPU or in a file; taken up again; the same scores from the same weights elsewhere."""
+    config = replace(DEMO, network="tiny", backbone="", data=str(zoo), labels="1", device="cuda", size=64, supervised_epochs=2, epochs=2, supervised_repeat=2, labelled_repeat=2,
+                     canvas_mb=canvas_mb, cache=str(tmp_path / "cache"))
+    material = gather(config, tmp_path)
+    assert material.data.canvases.mapped == (canvas_mb == 0)
+    summary = train_run(config, tmp_path / "run", material)
+    assert torch.cuda.get_device_name() in summary["device"]
+
+    state = load_checkpoint(tmp_path / "run/checkpoint.safetensors", config, material.data)
+    assert next(state.student.parameters()).is_cuda and (state.stage, state.epoch) == ("scarce", 2)
+    more = list(fit(replace(config, epochs=3), material.data, state))
+    assert len(more) == 1 and np.isfinite(more[0].loss)
+
+    on_cpu = replace(config, device="cpu", precision="float32", canvas_mb=8192.0)
+    other = gather(on_cpu, tmp_path)
+    again = load_checkpoint(tmp_path / "run/checkpoint.safetensors", on_cpu, other.data)
+    assert evaluate_network(again.teacher, other.test, other.canvases["test"], on_cpu)["overall"]["PCK"] == pytest.approx(summary["teacher"]["test"]["overall"]["PCK"], abs=0.05)
