@@ -53,7 +53,6 @@ class PoseSet:
     instances: tuple[Instance, ...] = field(repr=False)
     truth: Truth = field(repr=False)
     file: Path
-    skipped: dict[str, int] = field(default_factory=dict)       # reason -> number of annotations left out
     bare: tuple[Instance, ...] = field(default=(), repr=False)  # left out for want of a keypoint: a box alone
     folder: Path = Path()                                       # of the pictures
     crowds: tuple[Instance, ...] = field(default=(), repr=False)    # herds in one box, which nobody learns from: what falls on them is no mistake
@@ -62,7 +61,7 @@ class PoseSet:
         return len(self.instances)
 
     def subset(self, index) -> "PoseSet":
-        """The rows that `index` picks, a (N,) bool mask or row numbers; `bare`, `crowds` and `skipped` stay as they are."""
+        """The rows that `index` picks, a (N,) bool mask or row numbers; `bare` and `crowds` stay as they are."""
         rows = np.arange(len(self))[np.asarray(index, dtype=None if len(index) else int)]
         return replace(self, instances=tuple(self.instances[i] for i in rows), truth=Truth(*(a[rows] for a in self.truth)))
 
@@ -181,9 +180,8 @@ def read_coco(file, images=None, schema: KeypointSchema | None = None) -> PoseSe
     if (area < 0).any():
         raise ValueError(f"{file}: annotation {instances[area.argmin()].id}: area {area.min():g} is negative")
     posed = points[..., 2].any(1)
-    skipped = {"crowd": len(crowds), "no keypoints": int((~posed).sum())}
     everything = PoseSet(schema or described, instances, Truth(points[..., :2].astype(np.float32), points[..., 2].astype(np.uint8), area),
-                         file, {why: n for why, n in skipped.items() if n}, tuple(i for i, p in zip(instances, posed) if not p), folder, crowds)
+                         file, tuple(i for i, p in zip(instances, posed) if not p), folder, crowds)
     return everything.subset(posed)
 
 def find_split(root, split: str, number: int = 1) -> tuple[Path, Path | None]:

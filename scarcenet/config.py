@@ -164,7 +164,8 @@ DEMO = Config(network="timm:tf_efficientnet_lite0", backbone="lite0", size=96, s
               views=2, drop=0.5, epochs=5, batch=16, labelled_repeat=8, lr=2e-3, milestones=(), keep_epochs=3, ramp_epochs=2,
               consistency=1.0, consistency_soft=True, ema=0.99)
 
-# the same on photographs, whose folder is named with --data: larger views, more labels, and longer; 16a_lessons says how it was found
+# the same on photographs, whose folder is named with --data: larger views, more labels, and longer; 16a_lessons says how it was found.
+# With a GPU, --size 256 --sigma 2 is much better (16_study)
 ANIMALS = replace(DEMO, data="animals", size=128, labels="25", supervised_epochs=6, epochs=10, labelled_repeat=4, evaluate_every=5)
 
 # AP-10K's folder is named with --data; the paper starts from ImageNet: --backbone

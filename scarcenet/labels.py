@@ -71,7 +71,7 @@ def with_bare(poses: PoseSet) -> PoseSet:
     """The set with its `bare` instances as further rows without any annotated keypoint: more to train on, nothing to score."""
     xy, visible, area = (np.concatenate([a, np.zeros((len(poses.bare), *a.shape[1:]), a.dtype)]) for a in poses.truth)
     area[len(poses):] = [i.box[2] * i.box[3] for i in poses.bare]
-    return replace(poses, instances=poses.instances + poses.bare, truth=Truth(xy, visible, area), bare=(), skipped={})
+    return replace(poses, instances=poses.instances + poses.bare, truth=Truth(xy, visible, area), bare=())
 
 # %% ../nbs/02b_labels.ipynb #corrected
 def overlap(a, b) -> float:
