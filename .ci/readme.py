@@ -21,10 +21,10 @@ def readme(index: Path) -> tuple[str, dict[str, bytes]]:
     for n, cell in enumerate(notebook.cells):
         if cell.cell_type == "code" and SILENT.search(cell.source):
             shown = [o["data"]["text/markdown"] for o in cell.outputs if "text/markdown" in o.get("data", {})]
-            notebook.cells[n] = nbformat.v4.new_markdown_cell("\n\n".join(shown))
+            notebook.cells[n] = cell = nbformat.v4.new_markdown_cell("\n\n".join(shown))
         elif cell.cell_type == "code":
             cell.source = DIRECTIVE.sub("", cell.source)
-        else:
+        if cell.cell_type == "markdown":
             cell.source = LINK.sub(r"](nbs/\1)", cell.source)
     body, made = MarkdownExporter().from_notebook_node(notebook, resources={"unique_key": "index", "output_files_dir": "index_files"})
     return NOTE + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n", made["outputs"]

@@ -1,4 +1,4 @@
-"""The same training on a GPU: it computes what the CPU computes, never waits where it need not, and its files are read anywhere. Skipped without CUDA."""
+"""The same training on a GPU: it computes what the CPU computes, a step never waits, and its files are read anywhere. Skipped without CUDA."""
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from scarcenet.run import State, load_checkpoint
 from scarcenet.schema import AP10K
 from scarcenet.steps import scarce_step
 from scarcenet.train import fit, learn_scarce, make_engine
-from scarcenet.trials import evaluate_network, gather, train_run
+from scarcenet.trials import gather, predict, train_run
 from test_speed import training_set
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -27,9 +27,10 @@ def networks(device: str):
     return tuple(model.to(device) for model in pair)
 
 
-def test_python_never_waits_for_the_gpu():
-    """CUDA itself raises an error wherever a step, views included, lets Python wait."""
-    data, config, (student, teacher) = training_set(16, 64, "cuda"), replace(Config(size=64), precision="bf16"), networks("cuda")
+@pytest.mark.parametrize("soft", [False, True], ids=["Gaussians", "maps as targets"])
+def test_a_step_never_waits_for_the_gpu(soft):
+    """CUDA itself raises an error wherever a step of stage 3, views included, lets Python wait."""
+    data, config, (student, teacher) = training_set(16, 64, "cuda"), Config(size=64, consistency_soft=soft), networks("cuda")
     state = State(student, teacher.eval(), torch.optim.Adam(student.parameters(), fused=True), "scarce")
     engine = make_engine(config, state)
     for seed in range(4):                                          # the first makes what is made once
@@ -41,9 +42,9 @@ def test_python_never_waits_for_the_gpu():
 
 
 def test_a_step_is_the_same_on_both_devices():
-    """Views, losses, decisions and gradients of one batch, in float32."""
+    """Views, losses, decisions and gradients of one batch, in float32; up to what the order of sums makes of them: a few decisions lie on an edge."""
     config, steps = Config(size=64, agree_px=3.0, consistency_soft=True), {}
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for device in ("cpu", "cuda"):
             data, (student, teacher) = training_set(16, 64, device), networks(device)
             batch = make_batch(data.canvases, data.labels, torch.arange(16), AP10K, seeded(1), 1.0, config.strong)
@@ -53,8 +54,9 @@ def test_a_step_is_the_same_on_both_devices():
     (views, here, gradient), (others, there, other) = steps.values()
     for view in ("strong", "weak", "plain"):
         pictures, same = getattr(views, view).pictures, getattr(others, view).pictures.cpu()
-        assert ((pictures - same).abs() < 0.05).float().mean() > 0.99, view          # a grey value is 1 / 58; some are rounded the other way
-    assert there.loss.item() == pytest.approx(here.loss.item(), rel=1e-2)
+        assert ((pictures - same).abs() < 0.02).float().mean() > 0.99, view          # a grey value is 1 / 58; some are rounded the other way
+    for loss in ("loss", "supervised", "consistency"):
+        assert getattr(there, loss).item() == pytest.approx(getattr(here, loss).item(), rel=1e-2), loss
     assert (there.decision.cpu() == here.decision).float().mean() > 0.95 and len(here.decision.unique()) > 2
     assert torch.cosine_similarity(gradient, other, 0) > 0.98
 
@@ -74,20 +76,24 @@ def test_fp16_learns_with_its_scale():
 
 @pytest.mark.parametrize("canvas_mb", [8192.0, 0.0])
 def test_a_run_on_the_gpu_is_read_on_the_cpu(zoo, tmp_path, canvas_mb):
-    """In bf16, from pictures on the GPU or in a file; taken up again; the same scores from the same weights elsewhere."""
+    """From pictures on the GPU or in a file, in the format that `auto` takes; taken up again; elsewhere it has the same weights, which see the same."""
     config = replace(DEMO, network="tiny", backbone="", data=str(zoo), labels="1", device="cuda", size=64, supervised_epochs=2, epochs=2, supervised_repeat=2, labelled_repeat=2,
                      canvas_mb=canvas_mb, cache=str(tmp_path / "cache"))
     material = gather(config, tmp_path)
-    assert material.data.canvases.mapped == (canvas_mb == 0)
+    assert material.data.canvases.mapped == (canvas_mb == 0) == (not material.data.canvases.pixels.is_cuda)
     summary = train_run(config, tmp_path / "run", material)
     assert torch.cuda.get_device_name() in summary["device"]
-
-    state = load_checkpoint(tmp_path / "run/checkpoint.safetensors", config, material.data)
+    file = tmp_path / "run/checkpoint.safetensors"
+    state, on_cpu = load_checkpoint(file, config, material.data), replace(config, device="cpu", precision="float32", canvas_mb=8192.0)
     assert next(state.student.parameters()).is_cuda and (state.stage, state.epoch) == ("scarce", 2)
+
+    other = gather(on_cpu, tmp_path)
+    again = load_checkpoint(file, on_cpu, other.data)
+    assert all(torch.equal(value.cpu(), again.teacher.state_dict()[name]) for name, value in state.teacher.state_dict().items())
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        there, here = (predict(model, m.canvases["test"], replace(c, precision="float32"), AP10K.swap)
+                       for model, m, c in ((state.teacher, material, config), (again.teacher, other, on_cpu)))
+    assert ((there.xy.cpu() - here.xy).norm(dim=-1) < 1).float().mean() > 0.9
+
     more = list(fit(replace(config, epochs=3), material.data, state))
     assert len(more) == 1 and np.isfinite(more[0].loss)
-
-    on_cpu = replace(config, device="cpu", precision="float32", canvas_mb=8192.0)
-    other = gather(on_cpu, tmp_path)
-    again = load_checkpoint(tmp_path / "run/checkpoint.safetensors", on_cpu, other.data)
-    assert evaluate_network(again.teacher, other.test, other.canvases["test"], on_cpu)["overall"]["PCK"] == pytest.approx(summary["teacher"]["test"]["overall"]["PCK"], abs=0.05)
