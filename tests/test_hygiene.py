@@ -87,6 +87,21 @@ def test_readme_is_the_index():
     assert {name: (ROOT / name).read_bytes() for name in pictures} == pictures
 
 
+def local_links(file: Path) -> list[str]:
+    """What the links of a page, or of a notebook's texts and tables, name beside it."""
+    if file.suffix == ".ipynb":
+        cells = notebook(file)["cells"]
+        texts = [c["source"] for c in cells if c["cell_type"] == "markdown"] + [o.get("data", {}).get("text/markdown", "") for c in cells for o in c.get("outputs", [])]
+    else:
+        texts = [file.read_text(encoding="utf-8")]
+    return [target for text in texts for target in re.findall(r"\]\((?!https?:|#|attachment:)([^)#\s]+)", "".join(text))]
+
+
+@by_name([ROOT / "README.md", *NOTEBOOKS])
+def test_links_lead_somewhere(file):
+    assert [target for target in local_links(file) if not (file.parent / target).exists()] == []
+
+
 @by_name(NOTEBOOKS)
 def test_notebook_form(file):
     """Title, sentence, cell ids that stay, no execution counts."""
