@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -55,17 +56,42 @@ def test_every_module_has_its_notebook():
     assert {f.stem for f in MODULES} == set(exporting())
 
 
-@by_name(MODULES)
-def test_imports_go_down(file):
-    """A module imports only what earlier notebooks make, by name."""
-    place = {module: notebook.name for module, notebook in exporting().items()}
+# A module imports only from its own layer or from those before it.
+LAYERS = (
+    ("files", "processes"),
+    ("schema", "affine", "anatomy", "coats", "scene", "zoo"),
+    ("coco", "labels", "views", "data", "hrnet", "weights"),
+    ("config", "machine", "heatmap", "pseudo", "small_loss", "relabel", "teacher"),
+    ("steps", "record", "run", "train", "evaluate"),
+    ("show", "trials"),
+    ("networks",),
+    ("ledger", "audit", "explore", "ablation", "study", "bench"),
+    ("cli", "measuring", "investigate", "__main__"),
+)
+LAYER = {module: n for n, modules in enumerate(LAYERS) for module in modules}
+
+
+def imported(file: Path) -> set[str]:
+    """The modules of this package that a module imports, wherever in it; each import must name its module."""
     tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
     imports = [n for n in tree if isinstance(n, ast.ImportFrom) and (n.level or n.module.split(".")[0] == "scarcenet")]
     assert {n.level for n in imports} <= {0, 1}
-    inner = {n.module.removeprefix("scarcenet.") for n in imports}
-    assert inner <= place.keys(), "from the package, import modules' names, not the package's"
-    assert {m for m in inner if place[m] >= place[file.stem]} == set()
     assert "*" not in {alias.name for n in imports for alias in n.names}
+    return {n.module.removeprefix("scarcenet.") for n in imports}
+
+
+def test_every_module_has_a_layer():
+    assert sorted(LAYER) == sorted(f.stem for f in MODULES)
+
+
+@by_name(MODULES)
+def test_imports_go_down(file):
+    assert {m for m in imported(file) if LAYER[m] > LAYER[file.stem]} == set()
+
+
+def test_imports_have_no_circle():
+    """Not even one that a late import inside of a function would let pass."""
+    TopologicalSorter({f.stem: imported(f) for f in MODULES}).prepare()
 
 
 @by_name(MODULES)
