@@ -21,7 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["scarcenet", "scarcenet.*"]),
-    package_data={"scarcenet": ["*.js", "*.css"]},          # the explorer's front end
+    package_data={"scarcenet.ledger": ["*.js", "*.css"]},   # the explorer's front end
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "lab": cfg["lab_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},

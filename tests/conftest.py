@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from scarcenet.zoo import write_zoo
+from scarcenet.zoo.dataset import write_zoo
 
 ROOT = Path(__file__).resolve().parents[1]
 

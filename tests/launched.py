@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from scarcenet.coco import Labels, find_split, read_coco
+from scarcenet.data.coco import Labels, find_split, read_coco
 from scarcenet.config import Config
-from scarcenet.data import TrainingSet, load_canvases
-from scarcenet.labels import draw_labelled, reveal
-from scarcenet.processes import is_first, processes
-from scarcenet.run import start
+from scarcenet.data.loader import TrainingSet, load_canvases
+from scarcenet.data.labels import draw_labelled, reveal
+from scarcenet.utils.distributed import is_first, processes
+from scarcenet.checkpoint import start
 from scarcenet.train import fit
 
 # batch norms keep the statistics they begin with: those of half a batch are not those of the whole

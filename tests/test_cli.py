@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scarcenet import cli
-from scarcenet.coco import coco_json, find_split, read_coco
+from scarcenet.cli import main as cli
+from scarcenet.data.coco import coco_json, find_split, read_coco
 from scarcenet.config import PRESETS, Config
-from scarcenet.files import read_json, write_json
+from scarcenet.utils.files import read_json, write_json
 
 REAL = Path(os.environ.get("SCARCENET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TINY = ("--network tiny --size 64 --labels 1 --supervised-epochs 1 --supervised-milestones --supervised-batch 8 --epochs 2 --milestones "
@@ -42,10 +42,10 @@ def python(code: str) -> subprocess.CompletedProcess:
 
 def test_starts_at_once():
     """No command, no --help imports what takes long; counted in CPU seconds, which a busy machine does not stretch."""
-    python("import sys, scarcenet.cli; assert not {'torch', 'numpy', 'cv2', 'matplotlib'} & set(sys.modules)")
+    python("import sys, scarcenet.cli.main; assert not {'torch', 'numpy', 'cv2', 'matplotlib'} & set(sys.modules)")
     seconds = "import resource; u = resource.getrusage(resource.RUSAGE_SELF); print(u.ru_utime + u.ru_stime)"
     assert min(float(python("import scarcenet; " + seconds).stdout) for _ in range(3)) < 0.2
-    helped = "import atexit, scarcenet.cli\nscarcenet.cli.sys.stdout = open('/dev/null', 'w')\ntry: scarcenet.cli.main(['--help'])\nexcept SystemExit: scarcenet.cli.sys.stdout = scarcenet.cli.sys.__stdout__\n"
+    helped = "import atexit, scarcenet.cli.main\nscarcenet.cli.main.sys.stdout = open('/dev/null', 'w')\ntry: scarcenet.cli.main.main(['--help'])\nexcept SystemExit: scarcenet.cli.main.sys.stdout = scarcenet.cli.main.sys.__stdout__\n"
     assert min(float(python(helped + seconds).stdout) for _ in range(3)) < 0.5
 
 
@@ -65,7 +65,7 @@ def test_every_choice_is_explained(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "original", "--help"])
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    source = Path(cli.__file__).with_name("config.py").read_text(encoding="utf-8")
+    source = (Path(cli.__file__).parents[1] / "config.py").read_text(encoding="utf-8")
     for field in dataclasses.fields(Config):
         note = source.split(f"    {field.name}: ", 1)[1].split('"""', 2)[1]
         assert note and note in words, field.name
@@ -142,7 +142,7 @@ def test_ctrl_c_and_resume(home, tmp_path):
     argv = ["train", "original", "--data", str(home / "zoo"), "--out", str(tmp_path / "run"), *TINY, "--epochs", "40", "--evaluate-every", "40"]
     # a shell that starts its jobs in the background has them ignore Ctrl-C, and their children too
     awake = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    command = [sys.executable, "-c", awake + "import sys; from scarcenet.cli import main; sys.exit(main())", *argv]
+    command = [sys.executable, "-c", awake + "import sys; from scarcenet.cli.main import main; sys.exit(main())", *argv]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     while not (tmp_path / "run" / "pseudo.json").exists() and time.monotonic() < deadline and process.poll() is None:
@@ -155,7 +155,7 @@ def test_ctrl_c_and_resume(home, tmp_path):
 
 
 def test_resumed_is_uninterrupted(home, tmp_path, monkeypatch, capsys):
-    from scarcenet import trials
+    from scarcenet.run import train_run as trials
     argv = ["train", "original", "--data", home / "zoo", "--out", tmp_path / "run", *TINY]
     real, calls = trials.append_metrics, []
 
@@ -202,7 +202,7 @@ def test_labels_go_to_a_tool_and_come_back(home, tmp_path, capsys):
         a["id"] += 5000                                                                  # and the tool numbers anew
     write_json(tmp_path / "corrected.json", content | {"annotations": chosen})
     scarcenet("train", "original", "--data", home / "zoo", "--out", tmp_path / "next", *TINY, "--labels", tmp_path / "corrected.json", "--epochs", 1)
-    from scarcenet.ledger import open_run_ledger
+    from scarcenet.ledger.ledger import open_run_ledger
     ledger = open_run_ledger(tmp_path / "next")
     assert int(ledger.labelled.sum()) == 3 and (ledger.label_xy[ledger.labelled][:, 0] == np.float32([31.0, 17.5])).all()
 

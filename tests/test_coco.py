@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scarcenet.coco import PoseSet, Truth, check_poses, coco_json, find_split, name_pairs, read_coco, schema_of
-from scarcenet.files import read_json, write_json
-from scarcenet.labels import draw_labelled, labelled_families, read_corrected, read_id_list, reveal, with_bare
+from scarcenet.data.coco import PoseSet, Truth, check_poses, coco_json, find_split, name_pairs, read_coco, schema_of
+from scarcenet.utils.files import read_json, write_json
+from scarcenet.data.labels import draw_labelled, labelled_families, read_corrected, read_id_list, reveal, with_bare
 from scarcenet.schema import AP10K
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from scarcenet.config import ORIGINAL, Config
-from scarcenet.explore import FRONT, Explorer, bundle, crop_picture, everything, explore, pick, report
-from scarcenet.ledger import Ledger, open_run_ledger, redecide
-from scarcenet.networks import find_poses
+from scarcenet.ledger.explorer import FRONT, Explorer, bundle, crop_picture, everything, explore, pick, report
+from scarcenet.ledger.ledger import Ledger, open_run_ledger, redecide
+from scarcenet.predict.predictor import find_poses
 from scarcenet.record import Record, by_instance
-from scarcenet.run import open_run
-from scarcenet.trials import gather, train_run
+from scarcenet.checkpoint import open_run
+from scarcenet.run.train_run import gather, train_run
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync").split()
@@ -207,7 +207,7 @@ def test_the_widget_answers(run):
 def test_in_jupyterlab(page, tmp_path):
     """The chapter is opened, all its cells that are not slow are run, a slider is moved: the decisions change, and nothing lands on stderr."""
     pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: pip install scarcenet[lab]")
-    content = json.loads((ROOT / "nbs/15_explore.ipynb").read_text(encoding="utf-8"))
+    content = json.loads((ROOT / "nbs/ledger/explorer.ipynb").read_text(encoding="utf-8"))
     wanted = lambda source: not any(word in source for word in ("#| slow", "showdoc", "rmtree(home)"))
     content["cells"] = [c | {"outputs": []} if c["cell_type"] == "code" else c for c in content["cells"] if c["cell_type"] != "code" or wanted("".join(c["source"]))]
     (tmp_path / "chapter.ipynb").write_text(json.dumps(content))

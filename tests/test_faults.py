@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scarcenet import cli
+from scarcenet.cli import main as cli
 from scarcenet.config import PRESETS
-from scarcenet.weights import write_tensors
+from scarcenet.models.weights import write_tensors
 
 TINY = ("--network tiny --size 64 --labels 1 --supervised-epochs 1 --supervised-milestones --supervised-batch 8 --epochs 1 --milestones "
         "--batch 8 --views 2 --device cpu").split()
@@ -346,7 +346,7 @@ def test_wrong_command_line(place, capsys, argv):
 
 def test_a_mistake_keeps_its_traceback(monkeypatch):
     """What nobody expected is not made to look like bad input."""
-    from scarcenet import zoo
+    from scarcenet.zoo import dataset as zoo
     monkeypatch.setattr(zoo, "write_zoo", lambda *_: {}["nothing"])
     with pytest.raises(KeyError):
         cli.main(["zoo", "--out", "new"])

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from scarcenet.config import DEMO, Config
-from scarcenet.data import make_batch, seeded
-from scarcenet.hrnet import tiny
-from scarcenet.run import State, load_checkpoint
+from scarcenet.data.loader import make_batch, seeded
+from scarcenet.models.hrnet import tiny
+from scarcenet.checkpoint import State, load_checkpoint
 from scarcenet.schema import AP10K
-from scarcenet.steps import scarce_step
+from scarcenet.step import scarce_step
 from scarcenet.train import fit, learn_scarce, make_engine
-from scarcenet.trials import gather, predict, train_run
+from scarcenet.run.train_run import gather, predict, train_run
 from test_speed import training_set
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

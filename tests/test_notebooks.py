@@ -17,15 +17,18 @@ RUN = "import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1
 def run(file: Path) -> subprocess.CompletedProcess:
     """`nbdev_test` of one notebook; it ends with another code than 0 if a cell fails."""
     environment = os.environ | {"MPLBACKEND": "agg", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
-    return subprocess.run([sys.executable, "-c", RUN, str(file)], cwd=file.parent.parent, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    return subprocess.run([sys.executable, "-c", RUN, str(file)], cwd=ROOT if ROOT in file.parents else file.parent.parent, env=environment, capture_output=True, text=True, timeout=LIMIT)
 
 
-@pytest.mark.parametrize("name", sorted(f.name for f in (ROOT / "nbs").glob("*.ipynb")))
+NOTEBOOKS = sorted(f for f in (ROOT / "nbs").rglob("*.ipynb") if not {"runs", ".ipynb_checkpoints"} & set(f.parts))
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda f: f.relative_to(ROOT / "nbs").with_suffix("").as_posix())
 @pytest.mark.timeout(LIMIT + 30)
-def test_notebook(name):
-    done = run(ROOT / "nbs" / name)
+def test_notebook(file):
+    done = run(file)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    assert f"Completed {ROOT / 'nbs' / name}" in done.stdout, "it was not run: " + done.stdout[-2000:]
+    assert f"Completed {file}" in done.stdout, "it was not run: " + done.stdout[-2000:]
 
 
 @pytest.fixture

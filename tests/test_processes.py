@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scarcenet.files import read_json
-from scarcenet.ledger import open_run_ledger
+from scarcenet.utils.files import read_json
+from scarcenet.ledger.ledger import open_run_ledger
 from scarcenet.relabel import Decision
 
 # the flag's name notwithstanding: the processes talk by gloo, on CPUs
@@ -114,7 +114,7 @@ def test_a_notebook_that_was_alone():
     """Functions that were called before a launcher copies the process do not make the copies believe that they are alone."""
     program = """
 from accelerate import debug_launcher
-from scarcenet.processes import own_rows, processes
+from scarcenet.utils.distributed import own_rows, processes
 def work():
     assert processes() == 2 and own_rows(8).stop - own_rows(8).start == 4
 assert processes() == 1

@@ -14,18 +14,18 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from scarcenet.affine import apply, crop_affine, from_view, invert, mirror, mirrored, similarity, swap_sides, to_view, transfer, warp
-from scarcenet.coco import Instance, Labels
+from scarcenet.data.coco import Instance, Labels
 from scarcenet.config import Config
-from scarcenet.data import MEAN, STD, Canvases, TrainingSet, View, batches, load_canvases, make_batch, seeded
+from scarcenet.data.loader import MEAN, STD, Canvases, TrainingSet, View, batches, load_canvases, make_batch, seeded
 from scarcenet.heatmap import Keypoints, decode, encode, heatmap_loss, keypoint_loss, parabola_step, quarter_step
-from scarcenet.pseudo import confidence_cut, flip_views, locate, multi_views
+from scarcenet.pseudo_labels import confidence_cut, flip_views, locate, multi_views
 from scarcenet.relabel import Decision, agreement_distance, agreement_offset, decide, loss_weight, relabel
 from scarcenet.schema import AP10K, KeypointSchema
 from scarcenet.small_loss import keep_rate, select_small_loss
-from scarcenet.steps import scarce_step, supervised_step
-from scarcenet.teacher import ema_decay, ema_update
+from scarcenet.step import scarce_step, supervised_step
+from scarcenet.mean_teacher import ema_decay, ema_update
 from scarcenet.train import join_labels
-from scarcenet.views import OPERATIONS, STRONG, WEAK, cutout, draw_operations, draw_squares, half_body, photometric, sample_views
+from scarcenet.data.augment import OPERATIONS, STRONG, WEAK, cutout, draw_operations, draw_squares, half_body, photometric, sample_views
 
 some = settings(max_examples=15, deadline=None, derandomize=True)
 seeds = st.integers(0, 2 ** 31)
@@ -516,7 +516,7 @@ def test_switches_off():
 
 
 def test_what_is_handed_on_has_bounds():
-    """A teacher that overshoots must not be followed: with maps of its own as targets, it would overshoot again (16a_lessons)."""
+    """A teacher that overshoots must not be followed: with maps of its own as targets, it would overshoot again (experiments/lessons)."""
     data = training_set(AP10K, seeded(0))
     batch = make_batch(data.canvases, data.labels, torch.arange(24), AP10K, seeded(0, 1))
     student, teacher = small_net(17, 0).train(), small_net(17, 1).eval()

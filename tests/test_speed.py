@@ -13,15 +13,15 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from scarcenet.affine import crop_affine
-from scarcenet.bench import in_turns, ratio, set_up, works
-from scarcenet.coco import Labels, find_split, read_coco
+from scarcenet.experiments.benchmark import in_turns, ratio, set_up, works
+from scarcenet.data.coco import Labels, find_split, read_coco
 from scarcenet.config import DEMO, Config
-from scarcenet.data import Canvases, TrainingSet, load_canvases, make_batch, seeded
+from scarcenet.data.loader import Canvases, TrainingSet, load_canvases, make_batch, seeded
 from scarcenet.heatmap import Keypoints
-from scarcenet.hrnet import mbhrnet, tiny
-from scarcenet.machine import Fast
-from scarcenet.pseudo import locate, multi_views
-from scarcenet.run import State
+from scarcenet.models.hrnet import mbhrnet, tiny
+from scarcenet.utils.device import Fast
+from scarcenet.pseudo_labels import locate, multi_views
+from scarcenet.checkpoint import State
 from scarcenet.schema import AP10K
 from scarcenet.train import Engine, fit, learn_scarce, learn_supervised, make_pseudo
 
@@ -140,8 +140,8 @@ def test_memory_is_bounded(poses, tmp_path):
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 from pathlib import Path
-from scarcenet.coco import find_split, read_coco
-from scarcenet.data import load_canvases
+from scarcenet.data.coco import find_split, read_coco
+from scarcenet.data.loader import load_canvases
 own = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
 poses = read_coco(*find_split(Path({str(poses.file.parents[1])!r}), "train"))
 def look(count):
@@ -274,7 +274,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(tmp_path):
     program = """
 import torch
 from torch import nn
-from scarcenet.machine import Fast
+from scarcenet.utils.device import Fast
 model, pictures = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 3, padding=1)), torch.randn(2, 3, 32, 32)
 fast = Fast(model, mode="default")
 assert torch.equal(fast.eval()(pictures), model.eval()(pictures))

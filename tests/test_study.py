@@ -3,12 +3,13 @@ from dataclasses import replace
 
 import pytest
 
-from scarcenet import cli, study as library
-from scarcenet.ablation import STAGE_3, Cell, add_row, equally_long, grid_cells, read_grid, row_columns, stretch, until_stage_3
-from scarcenet.coco import find_split, read_coco
+from scarcenet.cli import main as cli
+from scarcenet.experiments import study as library
+from scarcenet.experiments.ablation import STAGE_3, Cell, add_row, equally_long, grid_cells, read_grid, row_columns, stretch, until_stage_3
+from scarcenet.data.coco import find_split, read_coco
 from scarcenet.config import ORIGINAL, PRESETS, Config
-from scarcenet.run import open_run
-from scarcenet.study import STUDY, study
+from scarcenet.checkpoint import open_run
+from scarcenet.experiments.study import STUDY, study
 
 METHODS = ("supervised", "+ consistency", "original", "all labels")
 

@@ -10,19 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scarcenet import trials
-from scarcenet.coco import Labels, find_split, read_coco
+from scarcenet.run import train_run as trials
+from scarcenet.data.coco import Labels, find_split, read_coco
 from scarcenet.config import ORIGINAL, Config
-from scarcenet.data import TrainingSet, load_canvases, make_batch, seeded
+from scarcenet.data.loader import TrainingSet, load_canvases, make_batch, seeded
 from scarcenet.evaluate import pck
-from scarcenet.labels import reveal
+from scarcenet.data.labels import reveal
 from scarcenet.record import by_instance
 from scarcenet.relabel import Decision
-from scarcenet.run import load_checkpoint, open_run, read_config, read_rows, save_checkpoint, start
-from scarcenet.teacher import ema_decay
+from scarcenet.checkpoint import load_checkpoint, open_run, read_config, read_rows, save_checkpoint, start
+from scarcenet.mean_teacher import ema_decay
 from scarcenet.train import begin_scarce, fit, join_labels, learn_scarce, learning_rate, make_engine
-from scarcenet.trials import gather, predict, train_run
-from scarcenet.weights import load_weights
+from scarcenet.run.train_run import gather, predict, train_run
+from scarcenet.models.weights import load_weights
 
 TINY = Config(network="tiny", size=64, labels="1", device="cpu", seed=3, supervised_epochs=3, supervised_repeat=2, supervised_batch=8,
               supervised_milestones=(), supervised_lr=4e-3, views=2, epochs=3, batch=8, milestones=(), lr=2e-3, agree_px=3.0, evaluate_every=2)

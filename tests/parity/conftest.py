@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import torch
 
-from scarcenet.hrnet import mbhrnet
+from scarcenet.models.hrnet import mbhrnet
 from scarcenet.schema import AP10K
-from scarcenet.weights import load_weights
+from scarcenet.models.weights import load_weights
 
 
 def read(file) -> dict[str, torch.Tensor]:

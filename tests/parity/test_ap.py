@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from scarcenet.coco import read_coco
+from scarcenet.data.coco import read_coco
 from scarcenet.evaluate import average_precision, coco_results
 from scarcenet.schema import AP10K
 

@@ -5,10 +5,10 @@ from torch import nn
 
 from scarcenet.affine import apply, invert, mirror, mirrored, similarity, swap_sides, to_view, warp
 from scarcenet.heatmap import decode, encode, heatmap_loss, keypoint_loss, quarter_step
-from scarcenet.pseudo import confidence_cut
+from scarcenet.pseudo_labels import confidence_cut
 from scarcenet.schema import AP10K
 from scarcenet.small_loss import keep_rate, select_small_loss
-from scarcenet.teacher import ema_decay, ema_update, ramp
+from scarcenet.mean_teacher import ema_decay, ema_update, ramp
 
 near = torch.testing.assert_close
 VIEW, MAP = 256, 64            # px, of functions.npz

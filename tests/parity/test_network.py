@@ -4,9 +4,9 @@ import json
 import pytest
 import torch
 
-from scarcenet.hrnet import hrnet, w32
+from scarcenet.models.hrnet import hrnet, w32
 from scarcenet.schema import AP10K
-from scarcenet.weights import load_weights, public_state
+from scarcenet.models.weights import load_weights, public_state
 
 
 def test_output_and_features(network, tiny):

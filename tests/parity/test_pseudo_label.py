@@ -4,10 +4,10 @@ import torch
 
 from scarcenet.affine import similarity
 from scarcenet.config import ORIGINAL
-from scarcenet.data import Canvases
-from scarcenet.pseudo import flip_views, locate, with_mirrors
+from scarcenet.data.loader import Canvases
+from scarcenet.pseudo_labels import flip_views, locate, with_mirrors
 from scarcenet.schema import AP10K
-from scarcenet.views import jitter
+from scarcenet.data.augment import jitter
 
 
 @pytest.fixture(scope="module")

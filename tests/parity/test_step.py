@@ -7,12 +7,12 @@ import torch
 
 from scarcenet.affine import from_view, mirror, mirrored, similarity, swap_sides
 from scarcenet.config import ORIGINAL
-from scarcenet.data import Batch, View
+from scarcenet.data.loader import Batch, View
 from scarcenet.heatmap import encode, heatmap_loss
 from scarcenet.schema import AP10K
 from scarcenet.small_loss import keep_rate
-from scarcenet.steps import scarce_step
-from scarcenet.teacher import ramp
+from scarcenet.step import scarce_step
+from scarcenet.mean_teacher import ramp
 
 # Views are stored in half precision, so that an argmax or a rank may once in a while fall differently:
 SLACK = 0.01           # of the keypoints
