@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scarcenet.data.coco import Instance, PoseSet, Truth, coco_json, read_coco
-from scarcenet.evaluate import (average_precision, coco_curves, coco_results, evaluate_poses, format_table, hits, label_quality, oks, oks_nms,
-                                pck, rescore, summarise)
+from scarcenet.evaluate import average_precision, coco_curves, coco_results, evaluate_poses, format_table, hits, label_quality, oks, oks_nms, pck, rescore, summarise
 from scarcenet.schema import AP10K, KeypointSchema
 
 ROOT = Path(__file__).resolve().parents[1]

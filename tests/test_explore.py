@@ -20,8 +20,9 @@ from scarcenet.ledger.explorer import FRONT, Explorer, bundle, crop_picture, eve
 from scarcenet.ledger.ledger import Ledger, open_run_ledger, redecide
 from scarcenet.predict.predictor import find_poses
 from scarcenet.record import Record, by_instance
-from scarcenet.checkpoint import open_run
-from scarcenet.run.train_run import gather, train_run
+from scarcenet.run.folder import open_run
+from scarcenet.run.load import gather
+from scarcenet.run.train_run import train_run
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync").split()

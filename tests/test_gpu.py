@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from scarcenet.data.augment import strong_geometry
 from scarcenet.config import DEMO, Config
 from scarcenet.data.loader import make_batch, seeded
 from scarcenet.models.hrnet import tiny
@@ -12,7 +13,9 @@ from scarcenet.checkpoint import State, load_checkpoint
 from scarcenet.schema import AP10K
 from scarcenet.step import scarce_step
 from scarcenet.train import fit, learn_scarce, make_engine
-from scarcenet.run.train_run import gather, predict, train_run
+from scarcenet.predict.predictor import predict
+from scarcenet.run.load import gather
+from scarcenet.run.train_run import train_run
 from test_speed import training_set
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -36,7 +39,7 @@ def test_a_step_never_waits_for_the_gpu(soft):
     for seed in range(4):                                          # the first makes what is made once
         torch.cuda.set_sync_debug_mode("error" if seed else "default")
         try:
-            learn_scarce(config, data, state, engine, make_batch(data.canvases, data.labels, torch.arange(16), AP10K, seeded(seed), 1.0, config.strong))
+            learn_scarce(config, data, state, engine, make_batch(data.canvases, data.labels, torch.arange(16), AP10K, seeded(seed), 1.0, strong_geometry(config)))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -47,7 +50,7 @@ def test_a_step_is_the_same_on_both_devices():
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for device in ("cpu", "cuda"):
             data, (student, teacher) = training_set(16, 64, device), networks(device)
-            batch = make_batch(data.canvases, data.labels, torch.arange(16), AP10K, seeded(1), 1.0, config.strong)
+            batch = make_batch(data.canvases, data.labels, torch.arange(16), AP10K, seeded(1), 1.0, strong_geometry(config))
             step = scarce_step(student.train(), teacher.eval(), batch, 20, config, AP10K)
             step.loss.backward()
             steps[device] = batch, step, torch.cat([p.grad.flatten() for p in student.parameters()]).cpu()
@@ -67,7 +70,7 @@ def test_fp16_learns_with_its_scale():
     state = State(student, teacher.eval(), torch.optim.Adam(student.parameters(), 1e-3, fused=True), "scarce")
     engine, losses = make_engine(config, state), []
     for seed in range(40):
-        batch = make_batch(data.canvases, data.labels, torch.arange(16), AP10K, seeded(seed), 0.0, config.strong)
+        batch = make_batch(data.canvases, data.labels, torch.arange(16), AP10K, seeded(seed), 0.0, strong_geometry(config))
         student.train()
         losses.append(learn_scarce(config, data, state, engine, batch)[0][1].item())
     assert engine.scaler.get_scale() > 1 and all(p.isfinite().all() for p in student.parameters())

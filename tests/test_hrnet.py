@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 
 from scarcenet.models.hrnet import PartHeads, PlainHead, hrnet, mbhrnet, tiny, w32
-from scarcenet.models.weights import lite0_state, load_weights, public_state, read_state, save_weights, timm_net
+from scarcenet.models.timm import lite0_state, timm_net
+from scarcenet.models.weights import load_weights, public_state, read_state, save_weights
 
 PARITY = Path(os.environ.get("SCARCENET_PARITY") or Path(__file__).parents[1] / "../shared/parity")
 

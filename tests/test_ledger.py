@@ -11,8 +11,9 @@ from scarcenet.config import ORIGINAL, Config
 from scarcenet.ledger.ledger import explain, find_keypoint, open_run_ledger, read_frame, redecide
 from scarcenet.record import open_ledger, read_epoch, write_epoch
 from scarcenet.relabel import Decision
-from scarcenet.checkpoint import open_run
-from scarcenet.run.train_run import gather, train_run
+from scarcenet.run.folder import open_run
+from scarcenet.run.load import gather
+from scarcenet.run.train_run import train_run
 from scarcenet.train import fit
 
 QUICK = dict(labels="1", device="cpu", network="tiny", size=32, sigma=1.0, supervised_epochs=1, supervised_batch=8, epochs=3, keep_epochs=3,

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from scarcenet.affine import apply, crop_affine, from_view, invert, mirror, mirrored, similarity, swap_sides, to_view, transfer, warp
 from scarcenet.data.coco import Instance, Labels
 from scarcenet.config import Config
-from scarcenet.data.loader import MEAN, STD, Canvases, TrainingSet, View, batches, load_canvases, make_batch, seeded
+from scarcenet.data.loader import IMAGENET_MEAN, IMAGENET_STD, Canvases, TrainingSet, View, batches, load_canvases, make_batch, seeded
 from scarcenet.heatmap import Keypoints, decode, encode, heatmap_loss, keypoint_loss, parabola_step, quarter_step
 from scarcenet.pseudo_labels import confidence_cut, flip_views, locate, multi_views
 from scarcenet.relabel import Decision, agreement_distance, agreement_offset, decide, loss_weight, relabel
@@ -24,7 +24,7 @@ from scarcenet.schema import AP10K, KeypointSchema
 from scarcenet.small_loss import keep_rate, select_small_loss
 from scarcenet.step import scarce_step, supervised_step
 from scarcenet.mean_teacher import ema_decay, ema_update
-from scarcenet.train import join_labels
+from scarcenet.pseudo_labels import join_labels
 from scarcenet.data.augment import OPERATIONS, STRONG, WEAK, cutout, draw_operations, draw_squares, half_body, photometric, sample_views
 
 some = settings(max_examples=15, deadline=None, derandomize=True)
@@ -426,7 +426,7 @@ def test_decay_never_exceeds_its_memory():
 class Subsample(nn.Module):
     """A perfect network for coloured blobs: its heatmap px i is view px 4 i."""
     def forward(self, pictures):
-        return pictures[..., ::4, ::4] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+        return pictures[..., ::4, ::4] * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
 
 
 def blobs(n: int, rng, size: int = 64) -> tuple[Canvases, torch.Tensor]:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+from scarcenet.data.augment import strong_geometry
 from scarcenet.affine import crop_affine
 from scarcenet.experiments.benchmark import in_turns, ratio, set_up, works
 from scarcenet.data.coco import Labels, find_split, read_coco
@@ -23,7 +24,8 @@ from scarcenet.utils.device import Fast
 from scarcenet.pseudo_labels import locate, multi_views
 from scarcenet.checkpoint import State
 from scarcenet.schema import AP10K
-from scarcenet.train import Engine, fit, learn_scarce, learn_supervised, make_pseudo
+from scarcenet.pseudo_labels import make_pseudo
+from scarcenet.train import Engine, fit, learn_scarce, learn_supervised
 
 CPU = torch.device("cpu")
 
@@ -52,7 +54,7 @@ def test_a_step_asks_for_no_value(rules):
     rules = replace(Config(size=64), **rules)
     data, state, engine = pretended(rules)
     for seed in range(6):                                          # so that every photometric operation is met
-        batch = make_batch(data.canvases, data.labels, torch.arange(8), AP10K, seeded(seed), rules.half_body, rules.strong)
+        batch = make_batch(data.canvases, data.labels, torch.arange(8), AP10K, seeded(seed), rules.half_body, strong_geometry(rules))
         losses, seen = learn_scarce(rules, data, state, engine, batch)
         learn_supervised(rules, data, state, engine, batch)
     assert losses.device.type == "meta" and all(t.device.type == "meta" for t in seen)

@@ -8,7 +8,7 @@ from scarcenet.experiments import study as library
 from scarcenet.experiments.ablation import STAGE_3, Cell, add_row, equally_long, grid_cells, read_grid, row_columns, stretch, until_stage_3
 from scarcenet.data.coco import find_split, read_coco
 from scarcenet.config import ORIGINAL, PRESETS, Config
-from scarcenet.checkpoint import open_run
+from scarcenet.run.folder import open_run
 from scarcenet.experiments.study import STUDY, study
 
 METHODS = ("supervised", "+ consistency", "original", "all labels")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from scarcenet.data.augment import strong_geometry
 from scarcenet.run import train_run as trials
 from scarcenet.data.coco import Labels, find_split, read_coco
 from scarcenet.config import ORIGINAL, Config
@@ -18,10 +19,15 @@ from scarcenet.evaluate import pck
 from scarcenet.data.labels import reveal
 from scarcenet.record import by_instance
 from scarcenet.relabel import Decision
-from scarcenet.checkpoint import load_checkpoint, open_run, read_config, read_rows, save_checkpoint, start
+from scarcenet.checkpoint import load_checkpoint, save_checkpoint, start
+from scarcenet.config import read_config
+from scarcenet.run.folder import open_run, read_rows
 from scarcenet.mean_teacher import ema_decay
-from scarcenet.train import begin_scarce, fit, join_labels, learn_scarce, learning_rate, make_engine
-from scarcenet.run.train_run import gather, predict, train_run
+from scarcenet.pseudo_labels import join_labels
+from scarcenet.train import begin_scarce, fit, learn_scarce, learning_rate, make_engine
+from scarcenet.predict.predictor import predict
+from scarcenet.run.load import gather, known_labels
+from scarcenet.run.train_run import train_run
 from scarcenet.models.weights import load_weights
 
 TINY = Config(network="tiny", size=64, labels="1", device="cpu", seed=3, supervised_epochs=3, supervised_repeat=2, supervised_batch=8,
@@ -107,7 +113,7 @@ def test_what_a_step_does(config, material):
         for n in range(2):
             engine.student.train()
             engine.teacher.eval()
-            batch = make_batch(material.data.canvases, labels, torch.arange(8) + 8 * n, material.train.schema, seeded(n), settings.half_body, settings.strong)
+            batch = make_batch(material.data.canvases, labels, torch.arange(8) + 8 * n, material.train.schema, seeded(n), settings.half_body, strong_geometry(settings))
             losses, _ = learn_scarce(settings, material.data, state, engine, batch)
             state.step += 1
             seen.append([[p.detach().clone() for p in net.parameters()] for net in (state.student, state.teacher)] + [losses])
@@ -266,7 +272,7 @@ def test_unlabelled_truth_never_reaches_training(config, material, whole):
     xy = np.where(hidden[:, None, None], rng.uniform(0, 300, truth.xy.shape).astype(np.float32), truth.xy)
     visible = np.where(hidden[:, None], rng.integers(1, 3, truth.visible.shape).astype(np.uint8), truth.visible)
     changed = replace(material.train, truth=truth._replace(xy=xy, visible=visible))
-    labels = trials.known_labels(config, changed)
+    labels = known_labels(config, changed)
     data = TrainingSet(changed.schema, load_canvases(changed.instances, config.size), Labels(*map(torch.as_tensor, labels)))
     assert torch.equal(data.labels.labelled, material.data.labels.labelled)
     *_, last = fit(config, data)

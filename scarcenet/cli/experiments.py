@@ -50,7 +50,7 @@ def ablate(config: Preset, out: Path, seeds: tuple[int, ...] = (0, 1, 2), differ
     """
     from scarcenet.experiments.ablation import DIFFERENCES, METHODS, ablate as run_ablation
     from scarcenet.evaluate import format_table
-    from scarcenet.checkpoint import open_run
+    from scarcenet.run.folder import open_run
     from scarcenet.experiments.study import COLUMNS, summary
     with resumable(open_run(out, config, resume)):
         rows = list(run_ablation(config, out, seeds, DIFFERENCES if differences else METHODS, progress=watched()))
@@ -69,7 +69,7 @@ def study(config: Preset, out: Path, counts: tuple[int, ...] = (5, 10, 25), seed
         methods: supervised, all pseudo-labels, + small loss, + re-labelling, + consistency, original, all labels; without it, all of them
         resume: keep the rows that are there already, and go on
     """
-    from scarcenet.checkpoint import open_run
+    from scarcenet.run.folder import open_run
     from scarcenet.experiments.study import STUDY, tell_study
     with resumable(open_run(out, config, resume)):
         for line in tell_study(config, out, counts, seeds, methods or tuple(STUDY), progress=watched()):

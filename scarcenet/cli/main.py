@@ -30,7 +30,8 @@ def demo(seed: int = 0, out: Path = Path("../runs/demo"), resume: Resume = False
         resume: go on with a run that was interrupted
     """
     from scarcenet.evaluate import format_table
-    from scarcenet.run.train_run import COLUMNS, demo as run_demo
+    from scarcenet.experiments.baseline import demo as run_demo
+    from scarcenet.run.train_run import COLUMNS
     with resumable(out):
         summary = run_demo(replace(PRESETS["demo"], seed=seed), out, resume, progress=watched())
     rows = {"stage 1": "stage 1", "supervised": "supervised, as many steps", "student": "ScarceNet student", "teacher": "ScarceNet teacher"}
@@ -98,8 +99,9 @@ def train(config: Preset, out: Path, resume: Resume = False) -> None:
     """
     from scarcenet.evaluate import format_table
     from scarcenet.utils.distributed import is_first
-    from scarcenet.checkpoint import open_run
-    from scarcenet.run.train_run import COLUMNS, gather, train_run
+    from scarcenet.run.folder import open_run
+    from scarcenet.run.load import gather
+    from scarcenet.run.train_run import COLUMNS, train_run
     with resumable(open_run(out, config, resume)):
         summary = train_run(config, out, gather(config, out / "zoo", progress=watched()), resume, progress=watched())
     if not is_first():
@@ -165,8 +167,8 @@ def pseudo(run: tyro.conf.Positional[Path], out: Path, config: str = "", data: P
     from scarcenet.data.loader import load_canvases
     from scarcenet.predict.predictor import find_networks, find_poses, load_network
     from scarcenet.utils.distributed import is_first
-    from scarcenet.checkpoint import write_pseudo
-    from scarcenet.train import make_pseudo
+    from scarcenet.run.folder import write_pseudo
+    from scarcenet.pseudo_labels import make_pseudo
     target, (settings, networks) = new_file(out), find_networks(run, config)
     settings = replace(settings, device=device, drop=settings.drop if drop is None else drop)
     poses = find_poses(settings, run, data, split, images, bare=True)

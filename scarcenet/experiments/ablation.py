@@ -20,9 +20,14 @@ from ..evaluate import label_quality
 from ..utils.files import write_json
 from ..utils.device import describe, pick_device
 from ..utils.distributed import refuse_company
-from ..checkpoint import State, load_checkpoint, open_run, read_rows, save_checkpoint, write_rows
-from ..train import Epoch, begin_scarce, fit, join_labels
-from ..run.train_run import COLUMNS, Material, as_long, audit, evaluate_network, gather, known_labels, lengthen
+from ..checkpoint import State, load_checkpoint, save_checkpoint
+from ..run.folder import open_run, read_rows, write_rows
+from ..pseudo_labels import join_labels
+from ..train import Epoch, begin_scarce, fit
+from .baseline import as_long, lengthen
+from ..predict.predictor import evaluate_network
+from ..run.load import Material, gather, known_labels
+from ..run.train_run import COLUMNS, audit
 
 # %% ../../nbs/experiments/ablation.ipynb #methods
 # each method is ScarceNet with parts of it switched off; without stage 3, its stage 1 becomes as long as all stages of the others

@@ -25,9 +25,11 @@ from ..heatmap import decode, encode
 from ..utils.device import describe, fast, keep_pages, number_format, peak_memory_mb, pick_device
 from ..utils.distributed import refuse_company
 from ..checkpoint import State, start
-from ..train import learn_scarce, learn_supervised, make_engine, make_pseudo
-from ..run.train_run import predict
+from ..pseudo_labels import make_pseudo
+from ..train import learn_scarce, learn_supervised, make_engine
+from ..predict.predictor import predict
 from ..zoo.dataset import write_zoo
+from ..data.augment import strong_geometry
 
 # %% ../../nbs/experiments/benchmark.ipynb #stopwatch
 def in_turns(works: dict[str, Callable[[], object]], device: torch.device, seconds: float, least: int = 5) -> dict[str, list[float]]:
@@ -82,7 +84,7 @@ def works(bench: Bench) -> dict[str, Callable[[], object]]:
     config, data, state = bench.config, bench.data, bench.state
     engine, rng = make_engine(config, state), seeded(1)
     index = torch.arange(len(data.canvases))[:config.batch]
-    batch = lambda looks: make_batch(data.canvases, data.labels, index, data.schema, rng, config.half_body, config.strong, looks)
+    batch = lambda looks: make_batch(data.canvases, data.labels, index, data.schema, rng, config.half_body, strong_geometry(config), looks)
     views = batch(True)
     two = torch.cat((views.weak.pictures, views.plain.pictures))
     shape = engine.student(views.strong.pictures).shape
@@ -110,7 +112,7 @@ def works(bench: Bench) -> dict[str, Callable[[], object]]:
 # %% ../../nbs/experiments/benchmark.ipynb #passes
 def passes(bench: Bench) -> dict[str, Callable[[], object]]:
     """A pass of pseudo-labels and an evaluation of all instances, and the network's part of each: the same pictures, in the same batches."""
-    config, data, state, model = bench.config, bench.data, bench.state, fast(bench.state.student, bench.config).eval()
+    config, data, state, model = bench.config, bench.data, bench.state, fast(bench.state.student, bench.config.precision, bench.config.compile).eval()
     n, device = len(data.canvases), data.canvases.device
 
     def looks(count: int) -> Callable[[], object]:
@@ -138,7 +140,7 @@ def loops(bench: Bench) -> dict[str, tuple[Callable[[], object], Callable[[], ob
     xy, weight = labels.xy[index.to(canvases.device)].clamp(0, config.size), labels.weight[index.to(canvases.device)]
     maps, _ = encode(xy, weight, (side, side), config.stride, config.sigma)
     each = [(slice(n, n + 1), slice(j, j + 1)) for n in range(config.batch) for j in range(k)]
-    render = lambda some: make_batch(canvases, labels, some, schema, seeded(0), config.half_body, config.strong)
+    render = lambda some: make_batch(canvases, labels, some, schema, seeded(0), config.half_body, strong_geometry(config))
     return {"targets drawn": (lambda: encode(xy, weight, (side, side), config.stride, config.sigma),
                               lambda: [encode(xy[at], weight[at], (side, side), config.stride, config.sigma) for at in each]),
             "maps decoded": (lambda: decode(maps, config.stride), lambda: [decode(maps[at], config.stride) for at in each]),

@@ -31,7 +31,7 @@ from .ledger import Ledger, open_run_ledger, read_frame, redecide
 from ..predict.predictor import find_poses
 from ..record import by_instance
 from ..relabel import DECISION_COLOURS, Decision, agreement_distance
-from ..checkpoint import read_rows
+from ..run.folder import read_rows
 from ..run.figures import STYLE, curves, html_table
 
 # %% ../../nbs/ledger/explorer.ipynb #pack

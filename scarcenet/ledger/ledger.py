@@ -24,7 +24,7 @@ from ..config import Config
 from ..pseudo_labels import confidence_cut
 from ..record import Record, by_instance, read_epoch, read_table
 from ..relabel import DECISION_COLOURS, Decision, agreement_distance, decide
-from ..checkpoint import read_config
+from ..config import read_config
 from ..small_loss import keep_rate, quota, select_small_loss
 from ..mean_teacher import teachable
 

@@ -14,7 +14,6 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ..config import Config
 from .distributed import own_device, processes
 
 # %% ../../nbs/utils/device.ipynb #device
@@ -70,8 +69,8 @@ class Fast(nn.Module):
                 maps = self.model(pictures)
         return maps.to(torch.float32, copy=self.copy)      # a CUDA graph, which both of these modes make, writes its next answer into the same memory
 
-def fast(model: nn.Module, config: Config, learns: bool = False) -> nn.Module:
-    """`model` as `config` wants it run on its device. `learns`: gradients are averaged over all processes."""
+def fast(model: nn.Module, precision: str = "auto", compile: str = "", learns: bool = False) -> nn.Module:
+    """`model` in the number format `precision`, compiled in the mode `compile` (`Config` lists both). `learns`: gradients are averaged over all processes."""
     device = next(model.parameters()).device
     torch.backends.cudnn.benchmark = True                  # views have one size: worth trying which convolution is the fastest
     if learns and processes() > 1:
@@ -79,7 +78,7 @@ def fast(model: nn.Module, config: Config, learns: bool = False) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)                  # the flag's successor does something else
             model = nn.parallel.DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, broadcast_buffers=False)
-    return Fast(model, number_format(config.precision, device), config.compile)
+    return Fast(model, number_format(precision, device), compile)
 
 # %% ../../nbs/utils/device.ipynb #memory
 def peak_rss_mb() -> float:
