@@ -1,4 +1,5 @@
 """Packaging: everything is read from settings.ini, the single source of truth."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -18,10 +19,30 @@ setup(
     author=cfg["author"],
     author_email=cfg["author_email"],
     url=cfg["git_url"],
+    project_urls={
+        "Documentation": cfg["doc_host"] + cfg["doc_baseurl"],
+        "Source": cfg["git_url"],
+        "Issues": cfg["git_url"] + "/issues",
+        "Paper": "https://arxiv.org/abs/2303.15023",
+    },
     license="Apache-2.0",
+    keywords=cfg["keywords"].split(),
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Framework :: Jupyter",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["scarcenet", "scarcenet.*"]),
-    package_data={"scarcenet.ledger": ["*.js", "*.css"]},   # the explorer's front end
+    # the explorer's front end lies beside its module
+    package_data={"scarcenet": ["py.typed"], "scarcenet.ledger": ["*.js", "*.css", "*.html"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "lab": cfg["lab_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},

@@ -1,7 +1,9 @@
 """Write README.md from nbs/index.ipynb, with nbconvert alone: `python .ci/readme.py`."""
+
 import re
 import sys
 from pathlib import Path
+from posixpath import normpath
 
 import nbformat
 from nbconvert import MarkdownExporter
@@ -9,9 +11,9 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = "<!-- Made from nbs/index.ipynb by .ci/readme.py: edit that notebook. -->\n\n"
 HIDDEN = re.compile(r"^#\|\s*(hide|default_exp|export|include:\s*false)\b", re.M)
-SILENT = re.compile(r"^#\|\s*echo:\s*false\b", re.M)           # its Markdown is shown, its code is not
+SILENT = re.compile(r"^#\|\s*echo:\s*false\b", re.M)  # its Markdown is shown, its code is not
 DIRECTIVE = re.compile(r"^#\|.*\n?", re.M)
-LINK = re.compile(r"\]\((?!https?:|#)([^)]+)\)")             # beside the notebook, not beside README.md
+LINK = re.compile(r"\]\((?!https?:|#)([^)]+)\)")  # beside the notebook, not beside README.md
 
 
 def readme(index: Path) -> tuple[str, dict[str, bytes]]:
@@ -25,8 +27,10 @@ def readme(index: Path) -> tuple[str, dict[str, bytes]]:
         elif cell.cell_type == "code":
             cell.source = DIRECTIVE.sub("", cell.source)
         if cell.cell_type == "markdown":
-            cell.source = LINK.sub(r"](nbs/\1)", cell.source)
-    body, made = MarkdownExporter().from_notebook_node(notebook, resources={"unique_key": "index", "output_files_dir": "index_files"})
+            cell.source = LINK.sub(lambda link: f"]({normpath('nbs/' + link[1])})", cell.source)
+    body, made = MarkdownExporter().from_notebook_node(
+        notebook, resources={"unique_key": "index", "output_files_dir": "index_files"}
+    )
     return NOTE + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n", made["outputs"]
 
 

@@ -1,12 +1,33 @@
-"""Shared by all tests: where the real data and the original's numbers are, and one small zoo for the whole session."""
+"""Shared by all tests: the real data, the official code's numbers, a small zoo; one thread a worker, timing alone."""
+
+import fcntl
 import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: each worker has a core of its own
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
 from scarcenet.zoo.dataset import write_zoo
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that measure time come last."""
+    items.sort(key=lambda item: item.get_closest_marker("timing") is not None)
+
+
+@pytest.fixture(autouse=True)
+def alone_if_timing(request, tmp_path_factory):
+    """A test that measures time waits until no other runs, and no other begins before it ends."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    timing = request.node.get_closest_marker("timing") is not None
+    with open(shared / "timing.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if timing else fcntl.LOCK_SH)
+        yield
 
 
 def folder_or_skip(variable: str, default: str) -> Path:
@@ -18,17 +39,17 @@ def folder_or_skip(variable: str, default: str) -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder with the real pictures."""
+    """The folder with the real images."""
     return folder_or_skip("SCARCENET_DATA", "../shared/data")
 
 
 @pytest.fixture(scope="session")
 def parity() -> Path:
-    """The folder with what the original computed."""
+    """The folder with what the official code computed."""
     return folder_or_skip("SCARCENET_PARITY", "../shared/parity")
 
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory) -> Path:
-    """24, 6 and 6 pictures, three of each species in the first."""
+    """24, 6 and 6 images, three of each species in the first."""
     return write_zoo(tmp_path_factory.mktemp("sets") / "zoo", train=24, val=6, test=6, seed=0)

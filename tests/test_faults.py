@@ -1,4 +1,5 @@
-"""What goes wrong outside the program: one clear line that names the file and the entry, exit code 1, and nothing that was there is touched."""
+"""What goes wrong outside the program: one line that names the file and the entry, exit code 1, no file changed."""
+
 import json
 import re
 import shutil
@@ -12,11 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from scarcenet.cli import main as cli
-from scarcenet.config import PRESETS
 from scarcenet.models.weights import write_tensors
+from scarcenet.zoo import dataset
 
-TINY = ("--network tiny --size 64 --labels 1 --supervised-epochs 1 --supervised-milestones --supervised-batch 8 --epochs 1 --milestones "
-        "--batch 8 --views 2 --device cpu").split()
+TINY = (
+    "--network hrnet_tiny --size 64 --labels 1 --supervised-epochs 1 --supervised-schedule one_cycle "
+    "--supervised-batch 8 --epochs 1 --schedule one_cycle --batch 8 --views 2 --device cpu"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +28,10 @@ def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     assert cli.main(["zoo", "--out", str(folder / "set"), "--train", "8", "--val", "2", "--test", "2"]) == 0
     (folder / "set" / "zoo.json").unlink()
-    assert cli.main(["train", "original", "--data", str(folder / "set"), "--out", str(folder / "run"), *TINY]) == 0
+    assert cli.main(["train", "official", "--data", str(folder / "set"), "--out", str(folder / "run"), *TINY]) == 0
     config = folder / "run" / "config.json"
-    config.write_text(config.read_text().replace(json.dumps(str(folder / "set")), '"set"'))       # relative: the folder is copied
+    # relative, since the folder is copied
+    config.write_text(config.read_text().replace(json.dumps(str(folder / "set")), '"set"'))
     return folder
 
 
@@ -59,11 +63,11 @@ def refused(capsys, argv, *words, code=1):
 
 
 def train(*flags, out="new"):
-    return ["train", "original", "--data", "set", "--out", out, *TINY, *flags]
+    return ["train", "official", "--data", "set", "--out", out, *TINY, *flags]
 
 
 TRAIN = Path("set/annotations/ap10k-train-split1.json")
-PICTURE = Path("set/data/000000000003.jpg")
+IMAGE = Path("set/data/000000000003.jpg")
 
 
 def edit(change, file=TRAIN):
@@ -73,7 +77,7 @@ def edit(change, file=TRAIN):
 
 
 def note(number, **values):
-    """Changes entries of one annotation."""
+    """A function that changes entries of one annotation."""
     return lambda: edit(lambda data: data["annotations"][number].update(values))
 
 
@@ -82,24 +86,38 @@ def first_keypoints(data, number=0):
 
 
 SPOILED = {
-    "missing picture": (lambda: Path("set/data/000000000003.jpg").unlink(), ("set/data/000000000003.jpg", "no such picture")),
-    "torn picture": (lambda: Path("set/data/000000000003.jpg").write_bytes(Path("set/data/000000000003.jpg").read_bytes()[:-900]),
-                     ("set/data/000000000003.jpg", "truncated")),
-    "no picture": (lambda: Path("set/data/000000000003.jpg").write_text("a text"), ("set/data/000000000003.jpg",)),
-    "picture of another size": (lambda: Image.open(PICTURE).reduce(2).save(PICTURE), (PICTURE, "px, but the set says")),
-    "grey of 16 bits": (lambda: Image.fromarray(np.full((160, 160), 5000, np.uint16)).save(PICTURE, "PNG"), (PICTURE, "more than 8 bits")),
+    "missing image": (lambda: IMAGE.unlink(), (IMAGE, "no such image")),
+    "torn image": (lambda: IMAGE.write_bytes(IMAGE.read_bytes()[:-900]), (IMAGE, "truncated")),
+    "no image": (lambda: IMAGE.write_text("a text"), (IMAGE,)),
+    "image of another size": (lambda: Image.open(IMAGE).reduce(2).save(IMAGE), (IMAGE, "px, but the set says")),
+    "grey of 16 bits": (
+        lambda: Image.fromarray(np.full((160, 160), 5000, np.uint16)).save(IMAGE, "PNG"),
+        (IMAGE, "more than 8 bits"),
+    ),
     "broken JSON": (lambda: TRAIN.write_text(TRAIN.read_text()[:-100]), (TRAIN, "broken JSON")),
     "empty file": (lambda: TRAIN.write_text(""), (TRAIN, "broken JSON")),
     "foreign JSON": (lambda: TRAIN.write_text('{"images": "elsewhere", "version": 3}'), (TRAIN, "COCO")),
-    "no keypoint set": (lambda: edit(lambda d: [c.pop("keypoints") for c in d["categories"]]), (TRAIN, "category", "keypoint")),
-    "another K": (lambda: edit(lambda d: first_keypoints(d, 2).extend([1, 2, 2])), (TRAIN, "annotation 30", "51 finite numbers")),
+    "no keypoint set": (
+        lambda: edit(lambda d: [c.pop("keypoints") for c in d["categories"]]),
+        (TRAIN, "category", "keypoint"),
+    ),
+    "another K": (
+        lambda: edit(lambda d: first_keypoints(d, 2).extend([1, 2, 2])),
+        (TRAIN, "annotation 30", "51 finite numbers"),
+    ),
     "zero-area box": (note(1, bbox=[5, 5, 0, 40]), (TRAIN, "annotation 20", "no area")),
-    "NaN keypoint": (lambda: edit(lambda d: first_keypoints(d, 1).__setitem__(3, float("nan"))), (TRAIN, "annotation 20", "keypoints")),
+    "NaN keypoint": (
+        lambda: edit(lambda d: first_keypoints(d, 1).__setitem__(3, float("nan"))),
+        (TRAIN, "annotation 20", "keypoints"),
+    ),
     "NaN box": (note(1, bbox=[float("nan"), 5, 9, 40]), (TRAIN, "annotation 20", "bbox")),
-    "unknown picture": (note(1, image_id=999), (TRAIN, "annotation 20", "image_id 999")),
+    "unknown image": (note(1, image_id=999), (TRAIN, "annotation 20", "image_id 999")),
     "unknown category": (note(1, category_id=77), (TRAIN, "annotation 20", "category_id 77")),
     "id twice": (note(1, id=10), (TRAIN, "annotations[1]", "10")),
-    "path out of the set": (lambda: edit(lambda d: d["images"][0].update(file_name="../../secret.jpg")), (TRAIN, "image 1", "secret.jpg")),
+    "path out of the set": (
+        lambda: edit(lambda d: d["images"][0].update(file_name="../../secret.jpg")),
+        (TRAIN, "image 1", "secret.jpg"),
+    ),
 }
 
 
@@ -116,16 +134,15 @@ def test_spoiled_set(place, capsys, spoil, words):
 
 def test_a_failed_start_can_be_repeated(place, capsys):
     """What failed before it began leaves no folder that would have to be removed first."""
-    picture = Path("set/data/000000000003.jpg")
-    picture.rename("away.jpg")
-    refused(capsys, train(), "no such picture")
-    Path("away.jpg").rename(picture)
+    IMAGE.rename("away.jpg")
+    refused(capsys, train(), "no such image")
+    Path("away.jpg").rename(IMAGE)
     assert cli.main(train("--seed", "1")) == 0
 
 
 def test_wrong_labels(place, capsys):
     Path("ids.json").write_text("[901, 902]")
-    refused(capsys, train("--labels", "ids.json"), "ids.json", "none of its 2 picture ids", TRAIN)
+    refused(capsys, train("--labels", "ids.json"), "ids.json", "none of its 2 image ids", TRAIN)
     Path("odd.json").write_text('{"ids": [1]}')
     refused(capsys, train("--labels", "odd.json"), "odd.json", "not a COCO keypoint file")
     Path("text.json").write_text('"five"')
@@ -135,13 +152,13 @@ def test_wrong_labels(place, capsys):
     refused(capsys, train("--families", "Hominidae"), TRAIN, "Hominidae", "Bovidae")
 
 
-def test_odd_but_usable_label_list(place, capsys):
-    """Ids that stand there twice, or belong to no picture, are told and do no harm."""
+def test_a_label_list_with_surplus_ids(place, capsys):
+    """Duplicate ids, and ids of no image, are counted in a warning and do no harm."""
     Path("ids.json").write_text("[1, 2, 2, 901]")
     capsys.readouterr()
     assert cli.main(train("--labels", "ids.json", "--epochs", "0")) == 0
     err = capsys.readouterr().err
-    assert re.fullmatch(r"scarcenet: ids\.json: 1 ids stand there twice and 1 are of no picture [^\n]+\n", err), err
+    assert re.fullmatch(r"scarcenet: ids\.json: 1 duplicate ids, 1 ids of no image of [^\n]+\n", err), err
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -165,15 +182,26 @@ def five(file=Path("five.json"), source=Path("set/annotations/ap10k-test-split1.
 
 def test_another_number_of_keypoints(place, capsys):
     five()
-    refused(capsys, ["eval", "run", "--data", "five.json", "--images", "set/data", "--json", "new.json"], "run/supervised.safetensors", "five.json", "5 keypoints")
+    refused(
+        capsys,
+        ["eval", "run", "--data", "five.json", "--images", "set/data", "--json", "new.json"],
+        "run/supervised.safetensors",
+        "five.json",
+        "5 keypoints",
+    )
     assert not Path("new.json").exists()
     five(Path("set/annotations/ap10k-val-split1.json"))
     refused(capsys, train(), "ap10k-val-split1.json", TRAIN)
 
 
+HEADS = ("final_layer", "part_layers.16")
+
+
 def spoil_weights(file):
+    """Cut the layers that have an output for each keypoint to five of them."""
     state = load_file(file)
-    save_file({k: v[:5].clone() if k.startswith(("final_layer", "part_layers.16")) else v for k, v in state.items()}, file)
+    heads = {name: weight[:5].clone() for name, weight in state.items() if name.startswith(HEADS)}
+    save_file(state | heads, file)
 
 
 TORN = {
@@ -193,7 +221,11 @@ def test_weights_that_do_not_fit(place, capsys, spoil):
     assert not Path("new.json").exists()
 
 
-@pytest.mark.parametrize("spoil", [*list(TORN.values())[:3], lambda f: shutil.copy("run/teacher.safetensors", f)], ids=[*list(TORN)[:3], "weights alone"])
+@pytest.mark.parametrize(
+    "spoil",
+    [*list(TORN.values())[:3], lambda f: shutil.copy("run/teacher.safetensors", f)],
+    ids=[*list(TORN)[:3], "weights alone"],
+)
 def test_torn_checkpoint(place, capsys, spoil):
     spoil(Path("run/checkpoint.safetensors"))
     refused(capsys, train("--resume", out="run"), "run/checkpoint.safetensors", "no checkpoint of this run")
@@ -207,13 +239,14 @@ def test_checkpoint_of_another_network(place, capsys):
 
 
 def test_labels_that_were_changed_since(place, capsys):
-    """A person corrects a labelled animal in the set, and goes on with what was trained before."""
-    file = Path("set/annotations/ap10k-train-split1.json")
-    content = json.loads(file.read_text())
-    for annotation in content["annotations"]:
-        annotation["keypoints"][0] += 1
-    file.write_text(json.dumps(content))
-    refused(capsys, train("--resume", out="run"), "run/checkpoint.safetensors", "other labels")
+    """A person corrects labelled animals in the set, and resumes a run that was trained before."""
+
+    def move(data):
+        for annotation in data["annotations"]:
+            annotation["keypoints"][0] += 1
+
+    edit(move)
+    refused(capsys, train("--resume", out="run"), "run/checkpoint.safetensors", "different labels")
 
 
 def test_run_folders(place, capsys):
@@ -229,11 +262,11 @@ def test_run_folders(place, capsys):
     refused(capsys, ["eval", "nowhere"], "nowhere", "no weights")
     Path("alone").mkdir()
     shutil.copy("run/teacher.safetensors", "alone")
-    refused(capsys, ["eval", "alone/teacher.safetensors"], "alone/config.json")
+    refused(capsys, ["eval", "alone/teacher.safetensors"], "alone/teacher.safetensors", "--data")
 
 
 def test_nothing_can_be_written(place, capsys):
-    """Below a regular file there is no folder: what root, too, cannot write."""
+    """Below a regular file there can be no folder, not even for root."""
     Path("file").write_text("mine")
     refused(capsys, train(out="file/run"), "file")
     refused(capsys, train(out="file"), "file: already there")
@@ -241,9 +274,8 @@ def test_nothing_can_be_written(place, capsys):
     refused(capsys, ["pseudo", "run", "--out", "file/p.json"], "file")
     refused(capsys, ["eval", "run", "--json", "file/e.json"], "file")
     refused(capsys, ["check", "set", "--draw", "file/d"], "file")
-    if "demo" in PRESETS:
-        refused(capsys, ["demo", "--out", "file/run"], "file")
-    refused(capsys, ["ablate", "original", "--out", "file/run"], "file")
+    refused(capsys, ["demo", "--out", "file/run"], "file")
+    refused(capsys, ["ablate", "official", "--out", "file/run"], "file")
 
 
 def test_questions_to_a_ledger(place, capsys):
@@ -251,7 +283,8 @@ def test_questions_to_a_ledger(place, capsys):
     refused(capsys, ["explain", "nowhere", "--instance", "0", "--keypoint", "nose"], "nowhere")
     refused(capsys, ["explain", "run", "--instance", "999", "--keypoint", "nose"], "no instance 999")
     refused(capsys, ["explain", "run", "--instance", "0", "--keypoint", "trunk"], "no keypoint 'trunk'", "nose")
-    refused(capsys, ["explain", "run", "--instance", "0", "--keypoint", "nose", "--epoch", "77"], "epoch 77 is not on record")
+    nose = ["explain", "run", "--instance", "0", "--keypoint", "nose"]
+    refused(capsys, [*nose, "--epoch", "77"], "epoch 77 is not on record")
     refused(capsys, ["accepted", "run", "--out", str(TRAIN)], TRAIN, "already there")
     shutil.copytree("run", "torn")
     file = sorted(Path("torn/ledger").glob("epoch-*"))[-1]
@@ -265,9 +298,9 @@ def test_questions_to_a_ledger(place, capsys):
 
 def test_corrected_labels_of_others(place, capsys):
     content = json.loads(Path(TRAIN).read_text())
-    odd = dict(content, annotations=[dict(content["annotations"][0], bbox=[0, 0, 3, 3], id=99999)])
-    Path("odd.json").write_text(json.dumps(odd))
-    refused(capsys, train("--labels", "odd.json"), "odd.json", "annotation 99999", "no such animal")
+    unknown = dict(content, annotations=[dict(content["annotations"][0], bbox=[0, 0, 3, 3], id=99999)])
+    Path("unknown.json").write_text(json.dumps(unknown))
+    refused(capsys, train("--labels", "unknown.json"), "unknown.json", "annotation 99999", "no such animal")
     twice = dict(content, annotations=[content["annotations"][0], dict(content["annotations"][0], id=99999)])
     Path("twice.json").write_text(json.dumps(twice))
     refused(capsys, train("--labels", "twice.json"), "twice.json", "annotation 99999", "of the same animal")
@@ -279,13 +312,15 @@ def test_corrected_labels_of_others(place, capsys):
     refused(capsys, train("--labels", "other.json"), "other.json", "keypoints are not")
 
 
-def test_nobody_is_labelled(place, capsys):
+def test_no_instance_is_labelled(place, capsys):
     edit(lambda d: [a.update(keypoints=[0] * 51, num_keypoints=0) for a in d["annotations"]])
-    refused(capsys, train(), TRAIN, "nobody is labelled")
+    refused(capsys, train(), TRAIN, "no labelled instances")
 
 
 def test_weights_that_are_not_numbers(place, capsys):
-    save_file({name: t * float("nan") if t.is_floating_point() else t for name, t in load_file("run/teacher.safetensors").items()}, "run/teacher.safetensors")
+    file = "run/teacher.safetensors"
+    state = load_file(file)
+    save_file({name: t * float("nan") if t.is_floating_point() else t for name, t in state.items()}, file)
     refused(capsys, ["pseudo", "run", "--out", "new.json"], "new.json", "no finite numbers")
     assert not Path("new.json").exists()
 
@@ -294,14 +329,17 @@ def test_the_configuration_that_is_named(place, capsys):
     """Not the config.json beside it."""
     shutil.copy("run/config.json", "run/mine.json")
     Path("run/config.json").write_text('{"size": 1}')
-    assert cli.main(["eval", "run/teacher.safetensors", "--config", "run/mine.json", "--data", "set", "--device", "cpu"]) == 0
-    refused(capsys, ["eval", "run/teacher.safetensors", "--config", "run/none.json", "--data", "set"], "run/none.json")
+    command = ["eval", "run/teacher.safetensors", "--data", "set", "--device", "cpu", "--config"]
+    assert cli.main([*command, "run/mine.json"]) == 0
+    refused(capsys, [*command, "run/none.json"], "run/none.json")
 
 
 def test_tensors_that_cannot_be_written(tmp_path, monkeypatch):
-    """A full disk, say: what the library says of it does not name the file."""
+    """A full disk, say: the library's message does not name the file, ours does."""
+
     def full(*_, **__):
         raise safetensors.SafetensorError("No space left on device")
+
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="w.safetensors: cannot be written .No space"):
         write_tensors(tmp_path / "w.safetensors", {"a": torch.zeros(1)}, {})
@@ -322,19 +360,35 @@ def test_cuda_is_absent(place, capsys):
 
 def test_numbers_that_make_no_sense(place, capsys):
     """Flags outside of their range are a wrong command line; a network is looked for when the run starts."""
-    for flags, words in {("--size", "70"): "size is 70", ("--batch", "0"): "batch is 0", ("--drop", "1.5"): "drop is 1.5", ("--lr", "nan"): "lr is nan",
-                         ("--supervised-epochs", "0", "--epochs", "0"): "nothing to train"}.items():
+    for flags, words in {
+        ("--size", "70"): "size is 70",
+        ("--batch", "0"): "batch is 0",
+        ("--drop", "1.5"): "drop is 1.5",
+        ("--lr", "nan"): "lr is nan",
+        ("--supervised-epochs", "0", "--epochs", "0"): "nothing to train",
+    }.items():
         with pytest.raises(SystemExit) as end:
             cli.main(train(*flags))
         assert end.value.code == 2 and words in " ".join(capsys.readouterr().err.replace("│", " ").split())
         assert not Path("new").exists()
-    refused(capsys, train("--network", "w64"), "network 'w64'", "tiny")
+    refused(capsys, train("--network", "w64"), "network 'w64'", "hrnet_tiny")
     refused(capsys, train("--network", "timm:nonesuch"), "nonesuch")
     refused(capsys, ["pseudo", "run", "--out", "new.json", "--drop", "2"], "drop is 2")
 
 
-@pytest.mark.parametrize("argv", [["trane"], ["train", "nopreset", "--out", "new"], train("--epoch-count", "3"), train("--epochs", "many"),
-                                  ["train", "original"], ["eval"], []], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["trane"],
+        ["train", "nopreset", "--out", "new"],
+        train("--epoch-count", "3"),
+        train("--epochs", "many"),
+        ["train", "official"],
+        ["eval"],
+        [],
+    ],
+    ids=" ".join,
+)
 def test_wrong_command_line(place, capsys, argv):
     """Exit code 2, and what would have been right; nothing is begun."""
     before = snapshot(place)
@@ -345,8 +399,7 @@ def test_wrong_command_line(place, capsys, argv):
 
 
 def test_a_mistake_keeps_its_traceback(monkeypatch):
-    """What nobody expected is not made to look like bad input."""
-    from scarcenet.zoo import dataset as zoo
-    monkeypatch.setattr(zoo, "write_zoo", lambda *_: {}["nothing"])
+    """A fault of the program does not look like bad input."""
+    monkeypatch.setattr(dataset, "write_zoo", lambda *_: {}["nothing"])
     with pytest.raises(KeyError):
         cli.main(["zoo", "--out", "new"])

@@ -1,8 +1,10 @@
-"""Networks and checkpoints: parity with the original's numbers, with timm, and what a loader must refuse."""
+"""Networks and checkpoints: parity with the official code's numbers, with timm, and the files that loading refuses."""
+
 import copy
 import json
 import os
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,22 +12,37 @@ import pytest
 import safetensors.torch
 import torch
 
-from scarcenet.models.hrnet import PartHeads, PlainHead, hrnet, mbhrnet, tiny, w32
+from scarcenet.models.hrnet import PartHeads, PlainHead, hrnet, hrnet_tiny, mbhrnet, mbhrnet_w32
 from scarcenet.models.timm import lite0_state, timm_net
-from scarcenet.models.weights import load_weights, public_state, read_state, save_weights
+from scarcenet.models.weights import (
+    METADATA,
+    ModelInfo,
+    load_weights,
+    public_state,
+    read_metadata,
+    read_model_info,
+    read_state,
+    save_weights,
+    write_tensors,
+)
+from scarcenet.schema import AP10K
 
 PARITY = Path(os.environ.get("SCARCENET_PARITY") or Path(__file__).parents[1] / "../shared/parity")
 
 
 def parity(name):
+    """A file of the official code's numbers."""
     file = PARITY / name
     if not file.is_file():
-        pytest.skip(f"no {name}: the original's numbers are not at SCARCENET_PARITY")
+        pytest.skip(f"no {name}: the official code's numbers are not at SCARCENET_PARITY")
     return file
 
 
+SMALL = dict(stem=8, layer1=1, modules=(1, 1, 1), blocks=1)
+
+
 def toy(K=5, **shape):
-    return mbhrnet(K, 8, **{"stem": 8, "layer1": 1, "modules": (1, 1, 1), "blocks": 1, **shape})
+    return mbhrnet(K, 8, **SMALL | shape)
 
 
 def randomised(model, seed=0):
@@ -33,40 +50,44 @@ def randomised(model, seed=0):
     rng = torch.Generator().manual_seed(seed)
     for name, t in model.state_dict().items():
         if t.is_floating_point():
-            t.copy_(torch.rand(t.shape, generator=rng) + 0.5 if "running_var" in name else t + 0.1 * torch.randn(t.shape, generator=rng))
+            if "running_var" in name:
+                t.copy_(torch.rand(t.shape, generator=rng) + 0.5)
+            else:
+                t.add_(0.1 * torch.randn(t.shape, generator=rng))
     return model
 
 
-# ---- the original's numbers
+# ---- the official code's numbers
 
-def test_mbhrnet_gives_the_originals_heatmaps_and_features():
-    file = np.load(parity("mbhrnet_tiny.npz"))
-    state = {name.removeprefix("state/"): torch.from_numpy(file[name]) for name in file.files if name.startswith("state/")}
-    K = file["output"].shape[1]
-    model = mbhrnet(K, file["feature"].shape[1], modules=(1, 1, 1), blocks=1).eval()
+
+def test_mbhrnet_gives_the_official_heatmaps_and_features():
+    official = {name: torch.from_numpy(array) for name, array in np.load(parity("mbhrnet_tiny.npz")).items()}
+    state = {name.removeprefix("state/"): t for name, t in official.items() if name.startswith("state/")}
+    K, width = official["output"].shape[1], official["feature"].shape[1]
+    model = mbhrnet(K, width, modules=(1, 1, 1), blocks=1).eval()
     report = load_weights(model, state)
     assert len(report.loaded) == len(state) and not (report.missing or report.unexpected or report.mismatched)
-    pictures = torch.from_numpy(file["input"]).float()
+    images = official["input"].float()
     with torch.no_grad():
-        assert (model(pictures) - torch.from_numpy(file["output"])).abs().max() <= 1e-4
-        assert (model.features(pictures)[..., ::2, ::2] - torch.from_numpy(file["feature"])).abs().max() <= 1e-4
+        assert (model(images) - official["output"]).abs().max() <= 1e-4
+        assert (model.features(images)[..., ::2, ::2] - official["feature"]).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("name, make", [("hrnet_w32", hrnet), ("mbhrnet_w32", w32)])
+@pytest.mark.parametrize("name, make", [("hrnet_w32", hrnet), ("mbhrnet_w32", mbhrnet_w32)])
 def test_w32_has_the_public_names_and_shapes(name, make, tmp_path):
     keys = json.loads(parity("w32_keys.json").read_text())[name]
-    want = {n: tuple(shape) for n, shape in keys}
+    expected = {name: tuple(shape) for name, shape in keys}
     model = make(17)
-    assert {n: tuple(t.shape) for n, t in public_state(model).items()} == want
-    state = {n: torch.randn(shape) if shape else torch.tensor(7) for n, shape in want.items()}
+    assert {name: tuple(t.shape) for name, t in public_state(model).items()} == expected
+    state = {name: torch.randn(shape) if shape else torch.tensor(7) for name, shape in expected.items()}
     load_weights(model, state)
     save_weights(model, tmp_path / "w32.safetensors")
-    back = safetensors.torch.load_file(tmp_path / "w32.safetensors")
-    assert back.keys() == want.keys() and all(torch.equal(back[n], state[n]) for n in want)
+    saved = safetensors.torch.load_file(tmp_path / "w32.safetensors")
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[name], state[name]) for name in expected)
 
 
 def test_w32_has_the_papers_number_of_parameters():
-    assert round(sum(p.numel() for p in w32(17).parameters()) / 1e6, 1) == 28.9
+    assert round(sum(p.numel() for p in mbhrnet_w32(17).parameters()) / 1e6, 1) == 28.9
 
 
 @pytest.mark.parametrize("name, width", [("hrnet_w18", 18), ("hrnet_w32", 32)])
@@ -78,23 +99,24 @@ def test_hrnet_equals_timms(name, width):
     # an ImageNet checkpoint: no head, and more exchanges after the last module
     report = load_weights(model, theirs.state_dict(), need_head=False)
     assert set(report.missing) == {"final_layer.weight", "final_layer.bias"} and torch.equal(model.head.weight, head)
-    assert report.unexpected and all(n.startswith("stage4.2.fuse_layers.") for n in report.unexpected)
-    pictures = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    assert report.unexpected and all(name.startswith("stage4.2.fuse_layers.") for name in report.unexpected)
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours, want = model.features(pictures), theirs(pictures)[1]
-    assert ours.shape == want.shape == (1, width, 16, 24) and want.abs().max() > 0.1
-    assert (ours - want).abs().max() <= 1e-4 * max(1, want.abs().max())
+        features, expected = model.features(images), theirs(images)[1]
+    assert features.shape == expected.shape == (1, width, 16, 24) and expected.abs().max() > 0.1
+    assert (features - expected).abs().max() <= 1e-4 * max(1, expected.abs().max())
 
 
 # ---- the networks
 
+
 @pytest.mark.parametrize("K", [1, 5, 17, 18])
 @pytest.mark.parametrize("head", [PlainHead, PartHeads])
 def test_shapes_for_any_k(K, head):
-    model = tiny(K, width=8, head=head)
-    pictures = torch.randn(2, 3, 64, 96)
-    assert model.features(pictures).shape == (2, 8, 16, 24)
-    heatmaps = model(pictures)
+    model = hrnet_tiny(K, width=8, head=head)
+    images = torch.randn(2, 3, 64, 96)
+    assert model.features(images).shape == (2, 8, 16, 24)
+    heatmaps = model(images)
     assert heatmaps.shape == (2, K, 16, 24)
     heatmaps.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -102,12 +124,12 @@ def test_shapes_for_any_k(K, head):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_each_branch_is_a_network_of_its_own(training):
-    # K branches in one head give what K heads of one branch give, and leave the same batch statistics
+    """K branches in one head give what K heads of one branch give, and leave the same batch statistics."""
     rng = torch.Generator().manual_seed(0)
     heads = randomised(PartHeads(6, 4)).train(training)
     singles = [PartHeads(6, 1).train(training) for _ in range(4)]
     for k, single in enumerate(singles):
-        single.load_state_dict({n: t.chunk(4)[k] if t.dim() else t for n, t in heads.state_dict().items()})
+        single.load_state_dict({name: t.chunk(4)[k] if t.dim() else t for name, t in heads.state_dict().items()})
     x = torch.randn(3, 6, 8, 8, generator=rng)
     torch.testing.assert_close(heads(x), torch.cat([single(x) for single in singles], 1), atol=1e-5, rtol=1e-4)
     for k, single in enumerate(singles):
@@ -125,9 +147,9 @@ def test_a_keypoints_loss_moves_its_own_branch_only():
 
 def test_starts_near_zero_and_is_reproducible():
     torch.manual_seed(3)
-    a = tiny(5).eval()
+    a = hrnet_tiny(5).eval()
     torch.manual_seed(3)
-    b = tiny(5).eval()
+    b = hrnet_tiny(5).eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(a(x), b(x)) and torch.equal(copy.deepcopy(a)(x), a(x))
@@ -136,22 +158,31 @@ def test_starts_near_zero_and_is_reproducible():
 
 def test_a_size_that_cannot_be_halved_is_refused():
     with pytest.raises(ValueError, match=r"multiples of 32, not \(100, 96\)"):
-        tiny(5)(torch.zeros(1, 3, 100, 96))
+        hrnet_tiny(5)(torch.zeros(1, 3, 100, 96))
 
 
 # ---- checkpoints
+
 
 def test_a_safetensors_round_trip_is_exact(tmp_path):
     model, other = randomised(toy()), randomised(toy(), seed=1)
     save_weights(model, tmp_path / "m.safetensors")
     assert str(load_weights(other, tmp_path / "m.safetensors")) == f"{len(public_state(model))} tensors loaded"
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
     assert [f.name for f in tmp_path.iterdir()] == ["m.safetensors"]
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {f"module.{n}": t for n, t in s.items()},
-                                  lambda s: {"state_dict": {f"module.{n}": t.half() for n, t in s.items()}}])
-def test_torch_files_in_their_usual_shells(wrap, tmp_path):
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {f"module.{name}": t for name, t in state.items()},
+        lambda state: {"state_dict": {f"module.{name}": t.half() for name, t in state.items()}},
+    ],
+    ids=["bare", "state_dict", "module", "both, float16"],
+)
+def test_torch_files_in_their_usual_wrappers(wrap, tmp_path):
     model, other = randomised(toy()), toy()
     torch.save(wrap(public_state(model)), tmp_path / "m.pth")
     load_weights(other, tmp_path / "m.pth")
@@ -160,22 +191,23 @@ def test_torch_files_in_their_usual_shells(wrap, tmp_path):
 
 
 def test_counters_of_batch_norm_may_be_absent():
-    state = {n: t for n, t in public_state(toy()).items() if not n.endswith("num_batches_tracked")}
+    state = {name: t for name, t in public_state(toy()).items() if not name.endswith("num_batches_tracked")}
     report = load_weights(toy(), state)
     assert len(report.loaded) == len(state) and not report.missing
 
 
 def refused(model, source, match, **options):
     """load_weights must raise one line that matches, and leave the model as it was."""
-    before = {n: t.clone() for n, t in model.state_dict().items()}
+    before = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(ValueError, match=match) as error:
         load_weights(model, source, **options)
     assert "\n" not in str(error.value)
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_a_checkpoint_of_other_keypoints():
-    seventeen, plain = public_state(randomised(toy(17))), public_state(randomised(hrnet(5, 8, stem=8, layer1=1, modules=(1, 1, 1), blocks=1)))
+    seventeen = public_state(randomised(toy(17)))
+    plain = public_state(randomised(hrnet(5, 8, **SMALL)))
     refused(toy(5), seventeen, "unexpected .part_layers.5.0.weight")
     refused(toy(18), seventeen, "missing .part_layers.17.0.weight")
     refused(toy(5), plain, "unexpected .final_layer.weight, final_layer.bias.")
@@ -183,15 +215,17 @@ def test_a_checkpoint_of_other_keypoints():
         model = toy(5)
         head = [t.clone() for t in model.head.state_dict().values()]
         report = load_weights(model, source, need_head=False)
-        assert not any(n.startswith(("part_layers.", "final_layer.")) for n in report.loaded)
+        assert not any(name.startswith(("part_layers.", "final_layer.")) for name in report.loaded)
         assert len(report.loaded) == len(model.backbone.state_dict()) and "part_layers.0.0.weight" in report.missing
-        assert all(torch.equal(a, b) for a, b in zip(head, model.head.state_dict().values()))   # all of it or nothing
-    model = hrnet(3, 8, stem=8, layer1=1, modules=(1, 1, 1), blocks=1)
+        # all of the head is loaded or nothing
+        assert all(torch.equal(a, b) for a, b in zip(head, model.head.state_dict().values(), strict=True))
+    model = hrnet(3, 8, **SMALL)
     refused(model, plain, r"final_layer.weight \(5, 8, 1, 1\) for \(3, 8, 1, 1\)")
-    assert [n for n, *_ in load_weights(model, plain, need_head=False).mismatched] == ["final_layer.weight", "final_layer.bias"]
+    report = load_weights(model, plain, need_head=False)
+    assert [name for name, *_ in report.mismatched] == ["final_layer.weight", "final_layer.bias"]
 
 
-def test_a_head_that_fits_is_taken():
+def test_a_head_that_fits_is_loaded():
     model, other = randomised(toy()), toy()
     imagenet = {"incre_modules.0.0.conv1.weight": torch.zeros(3), "classifier.bias": torch.zeros(1000)}
     report = load_weights(other, public_state(model) | imagenet, need_head=False)
@@ -199,12 +233,45 @@ def test_a_head_that_fits_is_taken():
     assert torch.equal(model.head[0].weight, other.head[0].weight)
 
 
+def test_a_head_without_public_names(tmp_path):
+    """Any function (channels, K) -> module can make the head; without names of its own it is saved as HRNet's."""
+
+    def two_layers(channels, K):
+        grouped = torch.nn.Conv2d(channels, 2 * K, 1, groups=2)
+        return torch.nn.Sequential(grouped, torch.nn.Conv2d(2 * K, K, 1))
+
+    model, other = (hrnet(5, 8, head=two_layers, **SMALL) for _ in range(2))
+    assert {"final_layer.0.weight", "final_layer.1.bias"} <= public_state(model).keys()
+    save_weights(model, tmp_path / "m.safetensors")
+    load_weights(other, tmp_path / "m.safetensors")
+    assert all(torch.equal(t, other.state_dict()[name]) for name, t in model.state_dict().items())
+
+
 @pytest.mark.parametrize("need_head", [True, False])
 def test_another_architecture(need_head):
     state = public_state(toy())
-    refused(mbhrnet(5, 12, stem=8, layer1=1, modules=(1, 1, 1), blocks=1), state, "of another shape", need_head=need_head)
+    refused(mbhrnet(5, 12, **SMALL), state, "of another shape", need_head=need_head)
     refused(toy(blocks=2), state, "missing .stage2.0.branches.0.1.conv1.weight", need_head=need_head)
     refused(timm_net("resnet10t", 5), state, "missing", need_head=need_head)
+
+
+def test_metadata_of_a_weights_file(tmp_path):
+    file = tmp_path / "m.safetensors"
+    info = ModelInfo(schema=AP10K, network="hrnet_tiny", size=96, quantize_targets=True, version="0.1")
+    save_weights(toy(), file, info)
+    assert read_model_info(file) == info
+    save_weights(toy(), file)
+    assert read_metadata(file) == {} and read_model_info(file) is None
+    with pytest.raises(FileNotFoundError, match="absent.safetensors: no such weights file"):
+        read_model_info(tmp_path / "absent.safetensors")
+    for damage in ({"schema": 17}, {"schema": {"names": ["eye", "eye"]}}, {"unknown": 1}, {"network": None}):
+        metadata = asdict(info) | damage
+        write_tensors(file, {"a": torch.zeros(1)}, {name: v for name, v in metadata.items() if v is not None})
+        with pytest.raises(ValueError, match=r"m.safetensors: its metadata do not describe a network \(.+\)$"):
+            read_model_info(file)
+    safetensors.torch.save_file({"a": torch.zeros(1)}, file, metadata={METADATA: "{"})
+    with pytest.raises(ValueError, match=r"m.safetensors: not a readable weights file \(JSONDecodeError\)$"):
+        read_model_info(file)
 
 
 class Evil:
@@ -224,7 +291,9 @@ def test_unsafe_and_broken_files_are_refused_in_one_line(tmp_path, monkeypatch):
     torch.save([1, 2], "list.pth")
     torch.save({"epoch": 3}, "numbers.pth")
     torch.save({}, "nothing.pth")
-    for name in ("evil.pth", "pickle.pth", "text.pth", "empty.pth", "text.safetensors", "cut.safetensors", "list.pth", "numbers.pth", "nothing.pth"):
+    files = sorted(file.name for file in tmp_path.iterdir() if file.name != "whole.safetensors")
+    assert len(files) == 9
+    for name in files:
         refused(toy(), name, f"^{name}: ")
     assert not Path("evil.txt").exists()
     with pytest.raises(FileNotFoundError, match="absent.pth"):
@@ -239,6 +308,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(state, part, **options):
         Path(part).write_bytes(b"half")
         raise OSError("no space left on device")
+
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match="no space"):
         save_weights(randomised(toy()), file)
@@ -247,16 +317,17 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 # ---- timm
 
+
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "hrnet_w18_small"])
 def test_any_timm_backbone_behind_the_same_interface(name, tmp_path):
     model = timm_net(name, 5, head=PartHeads, channels=16)
-    pictures = torch.randn(2, 3, 64, 96)
-    assert model.features(pictures).shape == (2, 16, 16, 24) and model(pictures).shape == (2, 5, 16, 24)
+    images = torch.randn(2, 3, 64, 96)
+    assert model.features(images).shape == (2, 16, 16, 24) and model(images).shape == (2, 5, 16, 24)
     save_weights(randomised(model), tmp_path / "m.safetensors")
     other = timm_net(name, 5, head=PartHeads, channels=16).eval()
     load_weights(other, tmp_path / "m.safetensors")
     with torch.no_grad():
-        assert torch.equal(model.eval()(pictures), other(pictures))
+        assert torch.equal(model.eval()(images), other(images))
 
 
 def test_timm_weights_from_a_file(tmp_path):
@@ -265,13 +336,18 @@ def test_timm_weights_from_a_file(tmp_path):
     torch.save(whole.state_dict(), tmp_path / "resnet.pth")
     net = timm_net("resnet10t", 5, weights=tmp_path / "resnet.pth").backbone.net
     state = whole.state_dict()
-    assert len(net.state_dict()) > 50 and all(torch.equal(t, state[n]) for n, t in net.state_dict().items())
+    assert len(net.state_dict()) > 50 and all(torch.equal(t, state[name]) for name, t in net.state_dict().items())
     with pytest.raises(ValueError, match="resnet.pth: made for another network"):
         timm_net("resnet18", 5, weights=tmp_path / "resnet.pth")
 
 
 def test_timm_networks_that_do_not_serve():
-    for name, reason in (("no_such_network", "Unknown model"), ("vit_tiny_patch16_224", "stride 4"), ("swin_tiny_patch4_window7_224", "stride 4")):
+    reasons = {
+        "no_such_network": "Unknown model",
+        "vit_tiny_patch16_224": "stride 4",
+        "swin_tiny_patch4_window7_224": "stride 4",
+    }
+    for name, reason in reasons.items():
         with pytest.raises(ValueError, match=f"{name}.*{reason}") as error:
             timm_net(name, 5)
         assert "\n" not in str(error.value)
@@ -286,14 +362,15 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_pictures_reach_the_backbone_in_its_own_normalisation():
+def test_images_reach_the_backbone_in_its_own_normalisation():
     model = timm_net("tf_efficientnet_lite0", 5)
-    picture = torch.rand(1, 3, 32, 32)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    seen = []
-    model.backbone.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    model.eval()((picture - mean) / std)
-    torch.testing.assert_close(seen[0], (picture - 0.5) / 0.5)
+    image = torch.rand(1, 3, 32, 32)
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    received = []
+    model.backbone.net.register_forward_pre_hook(lambda module, inputs: received.append(inputs[0]))
+    model.eval()((image - mean) / std)
+    torch.testing.assert_close(received[0], (image - 0.5) / 0.5)
 
 
 def test_lite0_maps_the_published_file_by_order(tmp_path):
@@ -303,9 +380,10 @@ def test_lite0_maps_the_published_file_by_order(tmp_path):
     whole = timm.create_model("tf_efficientnet_lite0")
     assert len(load_weights(whole, state).loaded) == len(whole.state_dict())
     net = timm_net("tf_efficientnet_lite0", 5, weights="lite0").backbone.net
-    assert all(torch.equal(t, state[n]) for n, t in net.state_dict().items())
-    # trained statistics, not a start: a mean in a variance's place would be negative
-    assert all((t >= 0).all() and t.std() > 0 for n, t in state.items() if n.endswith("running_var"))
-    torch.save({n: t for n, t in list(state.items())[::-1]}, tmp_path / "reversed.pth")
+    assert all(torch.equal(t, state[name]) for name, t in net.state_dict().items())
+    # trained statistics, not a start: a mean in the place of a variance would be negative
+    variances = [t for name, t in state.items() if name.endswith("running_var")]
+    assert variances and all((t >= 0).all() and t.std() > 0 for t in variances)
+    torch.save(dict(reversed(state.items())), tmp_path / "reversed.pth")
     with pytest.raises(ValueError, match="reversed.pth: not the tensors of EfficientNet-Lite0"):
         lite0_state(tmp_path / "reversed.pth")

@@ -1,4 +1,8 @@
-"""Every notebook runs from top to bottom in a process of its own, as `nbdev_test` runs it: without the cells that `settings.ini` flags as slow or for a GPU."""
+"""Every notebook runs from top to bottom in a process of its own, as `nbdev_test` runs it.
+
+Cells that are flagged as slow or for a GPU (`tst_flags` in settings.ini) are left out.
+"""
+
 import os
 import shutil
 import subprocess
@@ -10,20 +14,30 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 120          # seconds a notebook
-RUN = "import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1], flags='', n_workers=1, do_print=True)"
+LIMIT = 240  # seconds a notebook, with one thread
+RUN = (
+    "import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1], flags='', n_workers=1, do_print=True)"
+)
 
 
 def run(file: Path) -> subprocess.CompletedProcess:
-    """`nbdev_test` of one notebook; it ends with another code than 0 if a cell fails."""
+    """`nbdev_test` of one notebook; its exit code is not 0 if a cell fails."""
     environment = os.environ | {"MPLBACKEND": "agg", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
-    return subprocess.run([sys.executable, "-c", RUN, str(file)], cwd=ROOT if ROOT in file.parents else file.parent.parent, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    return subprocess.run(
+        [sys.executable, "-c", RUN, str(file)],
+        cwd=ROOT if ROOT in file.parents else file.parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
 
 
 NOTEBOOKS = sorted(f for f in (ROOT / "nbs").rglob("*.ipynb") if not {"runs", ".ipynb_checkpoints"} & set(f.parts))
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda f: f.relative_to(ROOT / "nbs").with_suffix("").as_posix())
+@pytest.mark.slow
 @pytest.mark.timeout(LIMIT + 30)
 def test_notebook(file):
     done = run(file)
@@ -33,7 +47,7 @@ def test_notebook(file):
 
 @pytest.fixture
 def project(tmp_path):
-    """Writes a notebook with these cells into a project with our settings."""
+    """A function that writes a notebook with the given cells into a project with our settings."""
     shutil.copy(ROOT / "settings.ini", tmp_path)
     (tmp_path / "nbs").mkdir()
     (tmp_path / "scarcenet").mkdir()
@@ -42,11 +56,13 @@ def project(tmp_path):
         content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
         nbformat.write(content, tmp_path / "nbs" / "one.ipynb")
         return tmp_path / "nbs" / "one.ipynb"
+
     return write
 
 
 def test_a_failing_cell_is_a_failure(project):
-    good, bad = run(project("assert 1 + 1 == 2")), run(project("1 + 1", "assert 1 + 1 == 3"))
+    good = run(project("assert 1 + 1 == 2"))
+    bad = run(project("1 + 1", "assert 1 + 1 == 3"))
     assert good.returncode == 0 and "Completed" in good.stdout
     assert bad.returncode != 0 and "AssertionError" in bad.stdout + bad.stderr
 
@@ -56,4 +72,6 @@ def test_flagged_cells_are_left_out(project):
     settings.read(ROOT / "settings.ini")
     flags = settings["DEFAULT"]["tst_flags"].split()
     assert flags == ["slow", "gpu"]
-    assert run(project(*(f"#| {flag}\nraise RuntimeError" for flag in flags), "#| eval: false\nraise RuntimeError")).returncode == 0
+    directives = [*flags, "eval: false"]
+    done = run(project(*(f"#| {directive}\nraise RuntimeError" for directive in directives)))
+    assert done.returncode == 0

@@ -13,61 +13,74 @@ import tyro
 from ..utils.files import new_file
 
 # %% ../../nbs/cli/ledger.ipynb #explain
-def explain(run: tyro.conf.Positional[Path], instance: int, keypoint: str, epoch: int | None = None, picture: Path | None = None) -> None:
-    """Why a pseudo-label was kept, replaced or dropped in an epoch, with its numbers, and its decisions over all epochs.
+def explain(
+    run: tyro.conf.Positional[Path], instance: int, keypoint: str, epoch: int | None = None, figure: Path | None = None
+) -> None:
+    """Why a pseudo-label was kept, replaced or dropped in an epoch, with its numbers, and its decisions in all epochs.
 
     Args:
         run: folder of a run that has reached stage 3
         instance: row of the animal in the training set, from 0, as in the ledger
         keypoint: its name or number
         epoch: of stage 3, from 1; without it, the last one on record
-        picture: new file (.png) for the animal with everything that was said about the keypoint
+        figure: new file (.png) for the animal with every answer about the keypoint
     """
-    from scarcenet.ledger.ledger import draw_explained, explain as verdict, find_keypoint, open_run_ledger, read_frame
-    target, ledger = picture and new_file(picture), open_run_ledger(run)
+    from scarcenet.ledger.ledger import draw_explained, find_keypoint, open_ledger, read_frame
+
+    target = new_file(figure) if figure else None
+    ledger = open_ledger(run)
     epoch, k = ledger.epoch(epoch), find_keypoint(ledger, instance, keypoint)
-    print(verdict(ledger, instance, k, epoch))
-    life = read_frame(ledger, instance=instance).query("keypoint == @k")
-    print("epochs: " + " ".join(f"{e}:{d}" for e, d in zip(life["epoch"], life["decision"])))
+    print(ledger.explain(instance, k, epoch))
+    history = read_frame(ledger, instance=instance).query("keypoint == @k")
+    decisions = zip(history["epoch"], history["decision"], strict=True)
+    print("epochs: " + ", ".join(f"{e} {decision.replace('_', ' ')}" for e, decision in decisions))
     if target:
-        from scarcenet.data.loader import read_picture
+        from scarcenet.data.loader import read_image
         from scarcenet.predict.predictor import find_poses
         from scarcenet.run.figures import save_figure
-        poses = find_poses(ledger.config, run, split="train", bare=True)
+
+        poses = find_poses(ledger.config, run, split="train", unannotated=True)
+        image = read_image(poses.instances[instance].file)
         truth = poses.truth.xy[instance, k] if poses.truth.visible[instance, k] else None
-        save_figure(draw_explained(ledger, read_picture(poses.instances[instance].file), instance, k, epoch, truth), target)
-        print(f"picture: {picture}")
+        save_figure(draw_explained(ledger, image, instance, keypoint=k, epoch=epoch, truth=truth), target)
+        print(f"figure: {figure}")
 
 # %% ../../nbs/cli/ledger.ipynb #accepted
 def accepted(run: tyro.conf.Positional[Path], out: Path, epoch: int | None = None) -> None:
-    """The labels that an epoch of stage 3 used, persons' and accepted ones, as COCO keypoints for a labelling tool; `--labels` reads them back.
+    """Write the labels that an epoch of stage 3 used, persons' and accepted ones, for a labelling tool.
+
+    They are a COCO keypoint file; `--labels` of a training reads it back when it has been corrected.
 
     Args:
         run: folder of a run that has reached stage 3
         out: new file (.json)
         epoch: of stage 3, from 1; without it, the last one on record
     """
-    from scarcenet.utils.files import write_json
-    from scarcenet.ledger.ledger import accepted as labels_of, open_run_ledger
+    from scarcenet.ledger.ledger import accepted_labels, open_ledger
     from scarcenet.predict.predictor import find_poses
-    target, ledger = new_file(out), open_run_ledger(run)
-    content = labels_of(ledger, find_poses(ledger.config, run, split="train", bare=True), ledger.epoch(epoch))
+    from scarcenet.utils.files import write_json
+
+    target, ledger = new_file(out), open_ledger(run)
+    poses = find_poses(ledger.config, run, split="train", unannotated=True)
+    content = accepted_labels(ledger, poses, ledger.epoch(epoch))
     write_json(target, content)
-    print(f"{len(content['annotations'])} animals, {sum(a['num_keypoints'] for a in content['annotations'])} keypoints: {out}")
+    keypoints = sum(annotation["num_keypoints"] for annotation in content["annotations"])
+    print(f"{len(content['annotations'])} animals, {keypoints} keypoints: {out}")
 
 # %% ../../nbs/cli/ledger.ipynb #report
 def report(run: tyro.conf.Positional[Path], out: Path, animals: int = 60) -> None:
-    """One HTML file about a run of stage 3, which needs neither a server nor a network: explorer, audit, curves, worst cases.
+    """Write one HTML file about a run of stage 3: explorer, audit, curves, worst cases. It needs no server or network.
 
     Args:
         run: folder of a run that has reached stage 3
         out: new file (.html)
-        animals: how many are in it with their pictures, those with most wrong labels first
+        animals: how many are in it with their images, those with most wrong targets first
     """
-    from scarcenet.ledger.explorer import report as page
+    from scarcenet.ledger.explorer import report_page
     from scarcenet.utils.files import atomic
+
     target = new_file(out)
-    text = page(run, animals)
+    page = report_page(run, animals)
     with atomic(target) as part:
-        part.write_text(text, encoding="utf-8")
-    print(f"{len(text.encode()) / 1e6:.1f} MB: {out}")
+        part.write_text(page, encoding="utf-8")
+    print(f"{len(page.encode()) / 1e6:.1f} MB: {out}")

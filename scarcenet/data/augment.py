@@ -7,74 +7,87 @@ __all__ = ['STRONG', 'WEAK', 'OPERATIONS', 'Geometry', 'jitter', 'sample_views',
            'draw_operations', 'photometric', 'draw_squares', 'cutout']
 
 # %% ../../nbs/data/augment.ipynb #imports
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from ..affine import constant, flip_affine, similarity
 from ..config import Config
-from ..affine import constant, mirror, similarity
 from ..schema import KeypointSchema
 
 # %% ../../nbs/data/augment.ipynb #geometry
 @dataclass(frozen=True)
 class Geometry:
-    """How far a view may wander from its crop. Draws are normal with these widths."""
-    scale: float = 0.0         # standard deviation of the zoom factor; clipped at one of it
-    rotation: float = 0.0      # standard deviation in degrees; clipped at two of it
-    p_rotate: float = 0.6      # share of the views that are turned at all
-    p_flip: float = 0.5        # share of the views that are mirrored
+    """How far a view may differ from its crop. Draws are normal with these widths."""
 
-STRONG = Geometry(scale=0.5, rotation=40)    # stage 1, and the student's view in stage 3
-WEAK = Geometry(scale=0.1, rotation=20)      # the view that the agreement check compares with
+    scale: float = 0.0  # standard deviation of the zoom factor; clipped at one of it
+    rotation: float = 0.0  # standard deviation in degrees; clipped at two of it
+    p_rotate: float = 0.6  # share of the views that are turned at all
+    p_flip: float = 0.5  # share of the views that are flipped
+
+
+STRONG = Geometry(scale=0.5, rotation=40)  # stage 1, and the student's view in stage 3
+WEAK = Geometry(scale=0.1, rotation=20)  # the view that the agreement check compares with
 
 # %% ../../nbs/data/augment.ipynb #sample
 def jitter(crop: Tensor, scale: Tensor, degrees: Tensor, flip: Tensor, size: int) -> Tensor:
-    """Views (B, 3, 3) that show `scale` (B,) times the side of `crop` (B, 3, 3), turned by `degrees` (B,), mirrored where `flip`."""
+    """Views (B, 3, 3) that show `scale` (B,) times the side of `crop` (B, 3, 3).
+
+    They are turned by `degrees` (B,), and flipped where `flip` (B,) is true.
+    """
     middle = crop.new_full((len(crop), 2), size / 2)
     view = similarity(middle, size * scale, degrees, size) @ crop
-    return torch.where(flip[:, None, None], mirror(view.new_full((len(view),), size)) @ view, view)
+    return torch.where(flip[:, None, None], flip_affine(view.new_full((len(view),), size)) @ view, view)
+
 
 def sample_views(crop: Tensor, geometry: Geometry, size: int, rng: Generator) -> Tensor:
-    """One random view (B, 3, 3) for each crop (B, 3, 3); both are affines from image px to view px. Draws on the CPU."""
+    """One random view (B, 3, 3) for each crop (B, 3, 3); both are affines, image px -> view px. Draws on the CPU."""
     n = len(crop)
     scale = 1 + geometry.scale * torch.randn(n, generator=rng).clamp(-1, 1)
     degrees = geometry.rotation * torch.randn(n, generator=rng).clamp(-2, 2)
     degrees = degrees * (torch.rand(n, generator=rng) < geometry.p_rotate)
     flip = torch.rand(n, generator=rng) < geometry.p_flip
-    sent = (d.to(crop.device, non_blocking=True) for d in (scale.to(crop.dtype), degrees.to(crop.dtype), flip))
-    return jitter(crop, *sent, size)
+    scale, degrees = (d.to(crop.dtype).to(crop.device, non_blocking=True) for d in (scale, degrees))
+    return jitter(crop, scale, degrees, flip.to(crop.device, non_blocking=True), size)
 
 # %% ../../nbs/data/augment.ipynb #strong
 def strong_geometry(config: Config) -> Geometry:
-    """How far a configuration's strong view may wander."""
+    """How far a configuration's strong view may differ from its crop."""
     return Geometry(config.scale_factor, config.rotation_factor)
 
 # %% ../../nbs/data/augment.ipynb #half
-def half_body(crop: Tensor, xy: Tensor, weight: Tensor, schema: KeypointSchema, size: int, rng: Generator, p: float = 0.3) -> Tensor:
+def half_body(
+    crop: Tensor, xy: Tensor, weight: Tensor, *, schema: KeypointSchema, size: int, rng: Generator, p: float = 0.3
+) -> Tensor:
     """Refit some crops (B, 3, 3) to the front or hind half of the animal; the others are returned as they were.
 
-    `xy` (B, K, 2) in image px, `weight` (B, K) > 0 where a keypoint has a label. With probability `p`, and more
-    than 8 labelled keypoints: the front half with probability 0.69, or the hind half; the other one if there are not more than
-    2 of them in it; centre = mean of its keypoints, side = 1.5 x their extent. Draws on the CPU.
+    `xy` (B, K, 2) in image px, `weight` (B, K) > 0 where a keypoint has a label. A crop with more than 8 labelled
+    keypoints is refitted with probability `p`: to the front half with probability 0.69, else to the hind half, and to
+    the other one if that has fewer than 3 of them. Centre = mean of its keypoints, side = 1.5 x their extent.
+    Draws on the CPU.
     """
     n, k = weight.shape
-    chosen, front = torch.rand(n, generator=rng) < p, torch.rand(n, generator=rng) < 0.69
+    chosen = torch.rand(n, generator=rng) < p
+    front = torch.rand(n, generator=rng) < 0.69
     if not schema.upper:
         return crop
-    has, front, chosen = weight > 0, front.to(weight.device, non_blocking=True), chosen.to(weight.device, non_blocking=True)
-    upper = constant(tuple(i in schema.upper for i in range(k)), has)
-    many = lambda part: (has & part).sum(1) > 2
-    front = many(upper) & (front | ~many(~upper))
-    half = has & torch.where(front[:, None], upper, ~upper)                        # (B, K)
-    centre, side = _around(xy, half)
-    fit = chosen & (has.sum(1) > 8) & (half.sum(1) > 2) & (side > 0)
-    side = torch.where(fit, 1.5 * side, 1.0)
-    return torch.where(fit[:, None, None], similarity(centre, side, torch.zeros_like(side), size), crop)
+    chosen, front = (draw.to(weight.device, non_blocking=True) for draw in (chosen, front))
+    has_label = weight > 0
+    upper = constant(tuple(i in schema.upper for i in range(k)), has_label)
+    enough_upper = (has_label & upper).sum(1) > 2
+    enough_lower = (has_label & ~upper).sum(1) > 2
+    front = enough_upper & (front | ~enough_lower)
+    half = has_label & torch.where(front[:, None], upper, ~upper)  # (B, K)
+    centre, extent = _centre_and_extent(xy, half)
+    refit = chosen & (has_label.sum(1) > 8) & (half.sum(1) > 2) & (extent > 0)
+    side = torch.where(refit, 1.5 * extent, 1.0)
+    return torch.where(refit[:, None, None], similarity(centre, side, torch.zeros_like(side), size), crop)
 
-def _around(xy: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+
+def _centre_and_extent(xy: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (B, 2) and larger extent (B,) of the `chosen` (B, K) among the points (B, K, 2)."""
     mask = chosen[..., None]
     centre = (xy * mask).sum(1) / mask.sum(1).clamp(min=1)
@@ -82,23 +95,30 @@ def _around(xy: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     return centre, extent.amax(-1)
 
 # %% ../../nbs/data/augment.ipynb #blend
-def _blend(dull: Tensor, pictures: Tensor, v: Tensor) -> Tensor:
-    """dull + factor x (pictures - dull), with the factor of magnitude v (n,) in 1 ... 9; grey values 0 ... 255."""
+def _blend(dull: Tensor, images: Tensor, v: Tensor) -> Tensor:
+    """dull + factor x (images - dull), with the factor of magnitude v (n,) in 1 ... 9; grey values 0 ... 255."""
     factor = (0.09 * v + 0.05).view(-1, 1, 1, 1)
-    return (dull + factor * (pictures - dull)).clamp(0, 255).floor()
+    return (dull + factor * (images - dull)).clamp(0, 255).floor()
 
-def _smooth(pictures: Tensor) -> Tensor:
+
+def _smooth(images: Tensor) -> Tensor:
     """The 3 x 3 filter behind `sharpness`: weight 5 in the middle, 1 around, the outermost row of pixels kept."""
-    three = lambda p, dim: sum(p.narrow(dim, at, p.shape[dim] - 2) for at in range(3))      # of a few pictures, sums are faster than a convolution
-    out, inner = pictures.clone(), (..., slice(1, -1), slice(1, -1))
-    out[inner] = ((three(three(pictures, -2), -1) + 4 * pictures[inner]) / 13).round()
+
+    def sum_of_three(p: Tensor, dim: int) -> Tensor:
+        """Sums of three neighbours along `dim`: of a few images, faster than a convolution."""
+        n = p.shape[dim] - 2
+        return p.narrow(dim, 0, n) + p.narrow(dim, 1, n) + p.narrow(dim, 2, n)
+
+    out, inner = images.clone(), (..., slice(1, -1), slice(1, -1))
+    out[inner] = ((sum_of_three(sum_of_three(images, -2), -1) + 4 * images[inner]) / 13).round()
     return out
 
-def _grey(pictures: Tensor) -> Tensor:
-    return TF.rgb_to_grayscale(pictures).round()
+
+def _grey(images: Tensor) -> Tensor:
+    return TF.rgb_to_grayscale(images).round()
 
 # %% ../../nbs/data/augment.ipynb #operations
-# each takes pictures (n, 3, H, W) with grey values 0 ... 255 and magnitudes v (n,) in 1 ... 9, and returns such pictures
+# each takes images (n, 3, H, W) with grey values 0 ... 255 and magnitudes v (n,) in 1 ... 9, and returns such images
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "autocontrast": lambda p, v: TF.autocontrast(p.to(torch.uint8)).to(p),
     "brightness": lambda p, v: _blend(torch.zeros_like(p), p, v),
@@ -113,9 +133,9 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 # %% ../../nbs/data/augment.ipynb #photometric
 def draw_operations(n: int, rng: Generator, draws: int = 2, p: float = 0.5) -> Tensor:
-    """What is done to each of n pictures: (n, draws, 2), the number of an operation, drawn with replacement, and its magnitude.
+    """What is done to each of n images: (n, draws, 2), the number of an operation and its magnitude.
 
-    With probability 1 - `p` the number is -1: nothing. On the CPU.
+    Operations are drawn with replacement; with probability 1 - `p` the number is -1: nothing. On the CPU.
     """
     plan = []
     for _ in range(draws):
@@ -124,29 +144,42 @@ def draw_operations(n: int, rng: Generator, draws: int = 2, p: float = 0.5) -> T
         plan.append(torch.stack((choice, torch.randint(1, 10, (n,), generator=rng)), -1))
     return torch.stack(plan, 1)
 
-def photometric(pictures: Tensor, plan: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W), grey values 0 ... 255, with the operations of `plan` (B, draws, 2), which `draw_operations` made, one after the other."""
-    pictures = pictures.clone()
+
+def photometric(images: Tensor, plan: Tensor) -> Tensor:
+    """Images (B, 3, H, W), grey values 0 ... 255, with the operations of a plan applied one after the other.
+
+    `plan` (B, draws, 2), which `draw_operations` made, is on the CPU, so that nothing waits for the device.
+    """
+    images = images.clone()
     for choice, v in plan.permute(1, 2, 0):
-        for i, operation in enumerate(OPERATIONS.values()):     # the plan is on the CPU: no waiting for the device
+        for i, operation in enumerate(OPERATIONS.values()):
             rows = (choice == i).nonzero()[:, 0]
             if len(rows):
-                here, strength = rows.to(pictures.device, non_blocking=True), v[rows].to(pictures, non_blocking=True)
-                pictures[here] = operation(pictures[here], strength)
-    return pictures
+                on_device = rows.to(images.device, non_blocking=True)
+                magnitude = v[rows].to(images, non_blocking=True)
+                images[on_device] = operation(images[on_device], magnitude)
+    return images
 
 # %% ../../nbs/data/augment.ipynb #cutout
 def draw_squares(n: int, rng: Generator, squares: int = 6, p: float = 0.5) -> Tensor:
-    """Where squares are cut out of each of n pictures: (n, squares, 2), middles in shares of width and height; with probability
-    1 - `p` they lie at infinity. On the CPU."""
+    """Where squares are cut out of each of n images: (n, squares, 2), middles in shares of width and height.
+
+    With probability 1 - `p` they lie at infinity: nothing is cut out. On the CPU.
+    """
     at = torch.rand(n, squares, 2, generator=rng)
     at[torch.rand(n, generator=rng) >= p] = torch.inf
     return at
 
-def cutout(pictures: Tensor, at: Tensor, side: float = 1 / 8) -> Tensor:
-    """Pictures (B, 3, H, W) with grey squares (127) of `side` x their width around `at` (B, squares, 2), which `draw_squares` made."""
-    h, w = pictures.shape[-2:]
-    at, half = (at * torch.tensor([w, h])).to(pictures.device, non_blocking=True)[..., None], side * w / 2
-    x, y = ((torch.arange(m, device=pictures.device) - at[:, :, i]).abs() <= half for i, m in ((0, w), (1, h)))
-    covered = y.mT.to(pictures) @ x.to(pictures) > 0                             # (B, H, W): by how many squares
-    return torch.where(covered[:, None], 127.0, pictures)
+
+def cutout(images: Tensor, at: Tensor, side: float = 1 / 8) -> Tensor:
+    """Images (B, 3, H, W) with grey squares (127) around `at` (B, squares, 2), which `draw_squares` made.
+
+    `side`: of a square, as a share of the images' width.
+    """
+    h, w = images.shape[-2:]
+    at = (at * torch.tensor([w, h])).to(images.device, non_blocking=True)  # px
+    half = side * w / 2
+    x = (torch.arange(w, device=images.device) - at[..., 0, None]).abs() <= half  # (B, squares, W)
+    y = (torch.arange(h, device=images.device) - at[..., 1, None]).abs() <= half  # (B, squares, H)
+    covered = y.mT.to(images) @ x.to(images) > 0  # (B, H, W): by how many squares
+    return torch.where(covered[:, None], 127.0, images)

@@ -4,66 +4,81 @@
 
 # %% auto #0
 __all__ = ['Instance', 'Truth', 'Labels', 'PoseSet', 'plain_name', 'name_pairs', 'schema_of', 'by_id', 'numbers', 'read_instance',
-           'read_keypoints', 'read_coco', 'find_split', 'Report', 'check_poses', 'coco_json']
+           'read_keypoints', 'read_area', 'read_coco', 'parse_coco', 'find_split', 'Report', 'check_poses', 'coco_json']
 
 # %% ../../nbs/data/coco.ipynb #imports
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
 
-from ..utils.files import read_json
 from ..schema import AP10K, KeypointSchema
+from ..utils.files import read_json
 
 # %% ../../nbs/data/coco.ipynb #instance
 @dataclass(frozen=True)
 class Instance:
-    """One animal in one picture: all that training may know of an unlabelled one."""
+    """One animal in one image: all that training may know of an unlabelled one."""
+
     id: int
     image_id: int
     file: Path
-    width: int                                # of the picture, image px
+    width: int  # of the image, image px
     height: int
-    box: tuple[float, float, float, float]    # x, y, w, h in image px
+    box: tuple[float, float, float, float]  # x, y, w, h in image px
     category: str
     family: str
     category_id: int = 1
 
+
 class Truth(NamedTuple):
-    """The keypoints of N instances. Held back from training, which gets of it what `reveal` lets through."""
-    xy: np.ndarray        # (N, K, 2) float32, image px; 0 where not annotated
-    visible: np.ndarray   # (N, K) uint8, COCO's flag: 0 not annotated, 1 annotated but hidden, 2 visible
-    area: np.ndarray      # (N,) float64, px²: the s² of OKS
+    """The keypoints of N instances. Held back from training, except for what `reveal` copies from it."""
+
+    xy: np.ndarray  # (N, K, 2) float32, image px; 0 where not annotated
+    visible: np.ndarray  # (N, K) uint8, COCO's flag: 0 not annotated, 1 annotated but hidden, 2 visible
+    area: np.ndarray  # (N,) float64, px²: the s² of OKS
+
 
 class Labels(NamedTuple):
     """The keypoints that training may use. The rows of unlabelled instances are zero."""
-    xy: np.ndarray         # (N, K, 2) float32, image px
-    weight: np.ndarray     # (N, K) float32: 1 for an annotated keypoint of a labelled instance, otherwise 0
-    labelled: np.ndarray   # (N,) bool
+
+    xy: np.ndarray  # (N, K, 2) float32, image px
+    weight: np.ndarray  # (N, K) float32: 1 for an annotated keypoint of a labelled instance, otherwise 0
+    labelled: np.ndarray  # (N,) bool
 
 # %% ../../nbs/data/coco.ipynb #poseset
 @dataclass(frozen=True)
 class PoseSet:
-    """N instances of one COCO file, their truth, and what was left out of it."""
+    """N instances of one COCO file, their truth, and what was left out of it.
+
+    Examples:
+        >>> cats = poses.subset(poses.column("family") == "Felidae")
+        >>> cats.truth.xy.shape == (len(cats), len(poses.schema), 2)
+        True
+    """
+
     schema: KeypointSchema
     instances: tuple[Instance, ...] = field(repr=False)
     truth: Truth = field(repr=False)
     file: Path
-    bare: tuple[Instance, ...] = field(default=(), repr=False)  # left out for want of a keypoint: a box alone
-    folder: Path = Path()                                       # of the pictures
-    crowds: tuple[Instance, ...] = field(default=(), repr=False)    # herds in one box, which nobody learns from: what falls on them is no mistake
+    unannotated: tuple[Instance, ...] = field(default=(), repr=False)  # left out: they have a box, but no keypoint
+    folder: Path = Path()  # of the images
+    # several animals in one box: not used in training, and what the evaluation finds on them is no mistake
+    crowds: tuple[Instance, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.instances)
 
-    def subset(self, index) -> "PoseSet":
-        """The rows that `index` picks, a (N,) bool mask or row numbers; `bare` and `crowds` stay as they are."""
+    def subset(self, index: Sequence | np.ndarray) -> "PoseSet":
+        """The rows that `index` picks, a (N,) bool mask or row numbers; `unannotated` and `crowds` stay as they are."""
         rows = np.arange(len(self))[np.asarray(index, dtype=None if len(index) else int)]
-        return replace(self, instances=tuple(self.instances[i] for i in rows), truth=Truth(*(a[rows] for a in self.truth)))
+        truth = Truth(xy=self.truth.xy[rows], visible=self.truth.visible[rows], area=self.truth.area[rows])
+        return replace(self, instances=tuple(self.instances[i] for i in rows), truth=truth)
 
     def column(self, name: str) -> np.ndarray:
         """(N,) array of one field of `Instance`, or (N, 4) for "box"."""
@@ -71,121 +86,177 @@ class PoseSet:
 
 # %% ../../nbs/data/coco.ipynb #schema
 def plain_name(name: str) -> str:
-    """`L_F_Paw`, `left front paw`, `leftFrontPaw` and `left_front_paw` are one name: the last. A letter alone is a name, not a side."""
+    """A keypoint's name in one spelling: `L_F_Paw`, `left front paw` and `leftFrontPaw` become `left_front_paw`.
+
+    A name of one letter stays as it is: `l` alone is a name, not a side.
+    """
     long = {"l": "left", "r": "right", "f": "front", "b": "back"}
     words = re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower())
     return "_".join(long.get(word, word) for word in words) if len(words) > 1 else words[0]
 
-def name_pairs(names: list[str]) -> tuple[tuple[int, int], ...]:
+
+def name_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """(left, right) indices of the names that differ only in the side."""
     place = {plain_name(name): k for k, name in enumerate(names)}
-    pairs = ((k, place.get(name.replace("left", "right"))) for name, k in place.items() if "left" in name)
-    return tuple(pair for pair in pairs if pair[1] is not None)
+    partner = {name: name.replace("left", "right") for name in place if "left" in name}
+    return tuple((place[left], place[right]) for left, right in partner.items() if right in place)
 
-def schema_of(file, categories: list[dict]) -> KeypointSchema:
+
+def schema_of(file: Path | str, categories: list[dict]) -> KeypointSchema:
     """The schema that the `categories` of a COCO file share; ValueError if they do not."""
     first = categories[0]
+    names: list[str] = first.get("keypoints", [])
     for category in categories:
-        names, where = category.get("keypoints"), f"{file}: category {category.get('name')!r}"
-        if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+        where, own = f"{file}: category {category.get('name')!r}", category.get("keypoints")
+        if not (isinstance(own, list) and own and all(isinstance(n, str) for n in own)):
             raise ValueError(f"{where} has no list of keypoint names: not a COCO keypoint file")
-        if names != first["keypoints"]:
-            raise ValueError(f"{where} has other keypoints ({len(names)}) than {first.get('name')!r} ({len(first['keypoints'])})")
+        if own != names:
+            raise ValueError(f"{where} has other keypoints ({len(own)}) than {first.get('name')!r} ({len(names)})")
     try:
         sigmas = tuple(map(float, first.get("sigmas") or ()))
         if tuple(map(plain_name, names)) == AP10K.names:
             return replace(AP10K, sigmas=sigmas) if sigmas else AP10K
-        flips = tuple((a, b) for a, b in first["flip_pairs"]) if "flip_pairs" in first else name_pairs(names)
-        bones = tuple((a - 1, b - 1) for a, b in first.get("skeleton") or ())
-        schema = KeypointSchema(tuple(names), flips, bones, sigmas)
+        pairs = tuple((a, b) for a, b in first["flip_pairs"]) if "flip_pairs" in first else name_pairs(names)
+        skeleton = tuple((a - 1, b - 1) for a, b in first.get("skeleton") or ())
+        schema = KeypointSchema(tuple(names), pairs, skeleton, sigmas)
     except (TypeError, ValueError) as e:
         raise ValueError(f"{file}: category {first.get('name')!r}: {e}") from None
-    at_left = lambda pair: "left" in plain_name(names[pair[0]]) or "left" not in plain_name(names[pair[1]])      # a file may say (right, left)
-    return replace(schema, flip_pairs=tuple(p if at_left(p) else p[::-1] for p in schema.flip_pairs))
+    # the left one is the first of a pair, also where a file says (right, left)
+    left = ["left" in plain_name(name) for name in names]
+    flip_pairs = tuple((b, a) if left[b] and not left[a] else (a, b) for a, b in schema.flip_pairs)
+    return replace(schema, flip_pairs=flip_pairs)
 
 # %% ../../nbs/data/coco.ipynb #pieces
-def by_id(file, data, part: str) -> dict[int, dict]:
-    """The entries of `data[part]` by their id; ValueError where an id is missing, odd or doubled."""
-    entries, found = data.get(part) if isinstance(data, dict) else None, {}
+def by_id(file: Path | str, data: object, part: str) -> dict[int, dict]:
+    """The entries of `data[part]` by their id; ValueError for a missing, duplicate or non-integer id."""
+    entries = data.get(part) if isinstance(data, dict) else None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{file}: not a COCO keypoint file: no entries under {part!r}")
+    found: dict[int, dict] = {}
     for place, entry in enumerate(entries):
         key = entry.get("id") if isinstance(entry, dict) else None
-        if type(key) is not int or key in found:
-            raise ValueError(f"{file}: {part}[{place}]: id {key!r} {'stands there twice' if type(key) is int else 'is no whole number'}")
+        if type(key) is not int:
+            raise ValueError(f"{file}: {part}[{place}]: expected an integer id, got {key!r}")
+        if key in found:
+            raise ValueError(f"{file}: {part}[{place}]: duplicate id {key}")
         found[key] = entry
     return found
 
-def numbers(where: str, values, count: int) -> np.ndarray:
+
+def numbers(where: str, values: object, count: int) -> np.ndarray:
     """(count,) float64 from a flat list; ValueError that begins with `where` if any is missing, or is not finite."""
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         array = np.empty(0)
     if array.shape != (count,) or not np.isfinite(array).all():
-        raise ValueError(f"{where}: expected {count} finite numbers in a flat list, found {np.isfinite(array).sum()}")
+        raise ValueError(f"{where}: expected {count} finite numbers in a flat list, got {np.isfinite(array).sum()}")
     return array
 
 # %% ../../nbs/data/coco.ipynb #entries
-def read_instance(file, entry: dict, images: dict, categories: dict, folder: Path) -> Instance:
-    """One annotation's box, picture and category, each checked."""
+def read_instance(file: Path | str, entry: dict, images: dict, categories: dict, folder: Path) -> Instance:
+    """One annotation's box, image and category, each checked."""
     where = f"{file}: annotation {entry['id']}:"
     for key, known in (("image_id", images), ("category_id", categories)):
         if type(entry.get(key)) is not int or entry[key] not in known:
             raise ValueError(f"{where} {key} {entry.get(key)!r} is not in the file")
     image, category = images[entry["image_id"]], categories[entry["category_id"]]
-    box = tuple(numbers(f"{where} bbox", entry.get("bbox"), 4).tolist())
-    if min(box[2:]) <= 0:
-        raise ValueError(f"{where} bbox has no area: width {box[2]:g}, height {box[3]:g}")
-    where, name = f"{file}: image {image['id']}:", image.get("file_name")
-    size = numbers(f"{where} width, height", [image.get("width"), image.get("height")], 2)
-    if min(size) < 1:
-        raise ValueError(f"{where} width {size[0]:g}, height {size[1]:g}")
-    path = PureWindowsPath(name if isinstance(name, str) else "")   # splits at both kinds of slash
+    x, y, w, h = numbers(f"{where} bbox", entry.get("bbox"), 4).tolist()
+    if min(w, h) <= 0:
+        raise ValueError(f"{where} bbox has no area: width {w:g}, height {h:g}")
+    where = f"{file}: image {image['id']}:"
+    width, height = numbers(f"{where} width, height", [image.get("width"), image.get("height")], 2)
+    if min(width, height) < 1:
+        raise ValueError(f"{where} expected a width and height of 1 px or more, got {width:g} and {height:g}")
+    name = image.get("file_name")
+    path = PureWindowsPath(name if isinstance(name, str) else "")  # splits at both kinds of slash
     if not path.name or path.drive or path.root or ".." in path.parts or "\0" in name:
-        raise ValueError(f"{where} file_name {name!r} is no file inside the pictures' folder")
-    return Instance(entry["id"], image["id"], folder / name, int(size[0]), int(size[1]), box,
-                    str(category["name"]), str(category.get("supercategory") or category["name"]), category["id"])
+        raise ValueError(f"{where} file_name {name!r} is not a file inside the images' folder")
+    return Instance(
+        id=entry["id"],
+        image_id=image["id"],
+        file=folder / name,
+        width=int(width),
+        height=int(height),
+        box=(x, y, w, h),
+        category=str(category["name"]),
+        family=str(category.get("supercategory") or category["name"]),
+        category_id=category["id"],
+    )
 
-def read_keypoints(file, entry: dict, k: int) -> np.ndarray:
+
+def read_keypoints(file: Path | str, entry: dict, k: int) -> np.ndarray:
     """(K, 3) x, y in image px and COCO's flag; zero where not annotated, or without any keypoints."""
     where = f"{file}: annotation {entry['id']}: keypoints"
     points = numbers(where, entry.get("keypoints") or [0] * 3 * k, 3 * k).reshape(k, 3)
     if not np.isin(points[:, 2], (0, 1, 2)).all():
-        raise ValueError(f"{where}: a flag is neither 0, 1 nor 2")
+        raise ValueError(f"{where}: a flag is not 0, 1 or 2")
     return points * (points[:, 2:] > 0)
 
-# %% ../../nbs/data/coco.ipynb #read
-def read_coco(file, images=None, schema: KeypointSchema | None = None) -> PoseSet:
-    """Read a COCO keypoint file and check all of it, or raise ValueError or FileNotFoundError: one line with file and entry.
 
-    `images`: the pictures' folder (they are not opened); where None, the `data/` or `images/` beside the
-    file, or else beside its folder (`annotations/`). `schema`: instead of the one in the file, when it lacks sigmas."""
-    file, data = Path(file), read_json(file)
-    pictures, entries, categories = (by_id(file, data, part) for part in ("images", "annotations", "categories"))
+def read_area(file: Path | str, entry: dict) -> float:
+    """The animal's area, px²; that of its box where the annotation has none."""
+    where = f"{file}: annotation {entry['id']}: area"
+    (area,) = numbers(where, [entry.get("area") or math.prod(map(float, entry["bbox"][2:]))], 1)
+    if area < 0:
+        raise ValueError(f"{where} {area:g} is negative")
+    return float(area)
+
+# %% ../../nbs/data/coco.ipynb #read
+def read_coco(file: Path | str, images: Path | str | None = None, schema: KeypointSchema | None = None) -> PoseSet:
+    """Read a COCO keypoint file and check all of it.
+
+    `images`: the images' folder (they are not opened); where None, the `data/` or `images/` beside the
+    file, or else beside its folder (`annotations/`). `schema`: instead of the one in the file, when it lacks sigmas.
+    Raises ValueError or FileNotFoundError: one line that names file and entry.
+
+    Examples:
+        >>> poses = read_coco(file)
+        >>> poses.schema is AP10K, poses.truth.xy.shape == (len(poses), 17, 2)
+        (True, True)
+    """
+    return parse_coco(Path(file), read_json(file), images, schema)
+
+
+def parse_coco(
+    file: Path, data: object, images: Path | str | None = None, schema: KeypointSchema | None = None
+) -> PoseSet:
+    """`read_coco` of a file whose JSON content `data` has been read."""
+    image_entries, entries, categories = (by_id(file, data, part) for part in ("images", "annotations", "categories"))
     names = Counter(str(c.get("name", "")) for c in categories.values())
     if wrong := [name for name, count in names.items() if count > 1 or not name]:
-        raise ValueError(f"{file}: a category's name is missing or stands twice: {wrong[0]!r}")
+        raise ValueError(f"{file}: missing or duplicate category name {wrong[0]!r}")
     described = schema_of(file, list(categories.values()))
-    if schema is not None and len(schema) != len(described):
-        raise ValueError(f"{file}: {len(described)} keypoints, but the schema has {len(schema)}")
+    k = len(described)
+    if schema is not None and len(schema) != k:
+        raise ValueError(f"{file}: {k} keypoints, but the schema has {len(schema)}")
     near = (base / d for base in (file.parent, file.parent.parent) for d in ("data", "images"))
     folder = Path(images or next((d for d in near if d.is_dir()), file.parent))
-    rows = [(read_instance(file, e, pictures, categories, folder), read_keypoints(file, e, len(described)),
-             *numbers(f"{file}: annotation {e['id']}: area", [e.get("area") or math.prod(map(float, e["bbox"][2:]))], 1))
-            for e in entries.values() if not e.get("iscrowd")]
-    crowds = tuple(read_instance(file, e, pictures, categories, folder) for e in entries.values() if e.get("iscrowd"))
-    instances, points, area = zip(*rows) if rows else ((),) * 3
-    points, area = np.array(points).reshape(-1, len(described), 3), np.array(area)
-    if (area < 0).any():
-        raise ValueError(f"{file}: annotation {instances[area.argmin()].id}: area {area.min():g} is negative")
-    posed = points[..., 2].any(1)
-    everything = PoseSet(schema or described, instances, Truth(points[..., :2].astype(np.float32), points[..., 2].astype(np.uint8), area),
-                         file, tuple(i for i, p in zip(instances, posed) if not p), folder, crowds)
-    return everything.subset(posed)
+    instances, crowds, points, area = [], [], [], []
+    for entry in entries.values():
+        instance = read_instance(file, entry, image_entries, categories, folder)
+        if entry.get("iscrowd"):
+            crowds.append(instance)
+            continue
+        instances.append(instance)
+        points.append(read_keypoints(file, entry, k))
+        area.append(read_area(file, entry))
+    xyv = np.array(points).reshape(-1, k, 3)
+    annotated: np.ndarray = np.any(xyv[..., 2], axis=1)
+    poses = PoseSet(
+        schema=schema or described,
+        instances=tuple(instances),
+        truth=Truth(xyv[..., :2].astype(np.float32), xyv[..., 2].astype(np.uint8), np.array(area, dtype=np.float64)),
+        file=file,
+        unannotated=tuple(i for i, has_pose in zip(instances, annotated, strict=True) if not has_pose),
+        folder=folder,
+        crowds=tuple(crowds),
+    )
+    return poses.subset(annotated)
 
-def find_split(root, split: str, number: int = 1) -> tuple[Path, Path | None]:
-    """(annotation file, pictures' folder or None) of `split` below `root`: AP-10K's names, or else `{split}.json`."""
+
+def find_split(root: Path | str, split: str, number: int = 1) -> tuple[Path, Path | None]:
+    """(annotation file, images' folder or None) of `split` below `root`: AP-10K's names, or else `{split}.json`."""
     tried = [f"annotations/ap10k-{split}-split{number}.json", f"annotations/{split}.json", f"{split}.json"]
     if not (file := next((Path(root, name) for name in tried if Path(root, name).is_file()), None)):
         raise FileNotFoundError(f"{root}: no split {split!r}: looked for {', '.join(tried)}")
@@ -194,48 +265,86 @@ def find_split(root, split: str, number: int = 1) -> tuple[Path, Path | None]:
 # %% ../../nbs/data/coco.ipynb #check
 @dataclass(frozen=True)
 class Report:
-    """What a set holds, and what looks odd without being wrong; `str()` of it is for people."""
+    """Counts of a set, and what may be a mistake in it; `str()` of it is for people."""
+
     file: Path
-    size: dict[str, int]            # pictures, instances, keypoints of each
-    categories: dict[str, int]      # instances of each
+    size: dict[str, int]  # images, instances, keypoints of each
+    categories: dict[str, int]  # instances of each
     families: dict[str, int]
     skipped: dict[str, int]
-    sides: list[str]                # "left / right", the names of each pair
-    odd: dict[str, list]            # what is odd -> annotation ids, or picture files
+    sides: list[str]  # "left / right", the names of each pair
+    odd: dict[str, list]  # what may be a mistake -> annotation ids, or image files
 
     def __str__(self) -> str:
-        counts = lambda c: ", ".join(f"{n} {name}" for name, n in c.items()) or "none"
-        lines = [f"{self.file}: {counts(self.size)}", f"{len(self.families)} families: {counts(self.families)}",
-                 f"{len(self.categories)} categories: {counts(self.categories)}", f"skipped: {counts(self.skipped)}",
-                 f"left / right: {', '.join(self.sides) or 'none; a mirrored view exchanges no keypoints'}"]
-        return "\n".join(lines + [f"{what}: {len(ids)}" + (f", first {ids[0]}" if ids else "") for what, ids in self.odd.items()])
+        def listed(counts: dict[str, int]) -> str:
+            return ", ".join(f"{n} {name}" for name, n in counts.items()) or "none"
+
+        lines = [
+            f"{self.file}: {listed(self.size)}",
+            f"{len(self.families)} families: {listed(self.families)}",
+            f"{len(self.categories)} categories: {listed(self.categories)}",
+            f"skipped: {listed(self.skipped)}",
+            f"left / right: {', '.join(self.sides) or 'none; a flipped view exchanges no keypoints'}",
+        ]
+        for what, places in self.odd.items():
+            lines.append(f"{what}: {len(places)}" + (f", first {places[0]}" if places else ""))
+        return "\n".join(lines)
+
 
 def check_poses(poses: PoseSet) -> Report:
-    """Count a set, with the animals that have a box and no keypoints; find what lies outside its picture by more than a pixel, and picture files that are not there."""
-    every = replace(poses, instances=poses.instances + poses.bare)
-    size, ids, low = np.stack([every.column("width"), every.column("height")], 1), every.column("id"), every.column("box")[:, :2]
-    high = low + every.column("box")[:, 2:]
-    wholly, beyond = ((high <= 0) | (low >= size)).any(1), ((low < -1) | (high > size + 1)).any(1)
-    stray = ((poses.truth.xy < -1) | (poses.truth.xy > size[:len(poses), None] + 1)).any(2)   # those not annotated are at 0
-    odd = {"boxes partly outside the picture": ids[beyond & ~wholly].tolist(), "boxes wholly outside the picture": ids[wholly].tolist(),
-           "keypoints outside the picture": ids[np.nonzero(stray)[0]].tolist(),
-           "missing pictures": [str(f) for f in dict.fromkeys(i.file for i in every.instances) if not f.is_file()]}
-    count = lambda kind: dict(sorted(Counter(every.column(kind).tolist()).items()))
-    size = {"pictures": len(count("image_id")), "instances": len(every), "with keypoints": len(poses), "keypoints each": len(poses.schema)}
-    sides = [f"{poses.schema.names[a]} / {poses.schema.names[b]}" for a, b in poses.schema.flip_pairs]
-    return Report(poses.file, size, count("category"), count("family"), {"crowd": len(poses.crowds)} if poses.crowds else {}, sides, odd)
+    """Count a set, `unannotated` included; find boxes and keypoints outside their image, and missing image files."""
+    everything = replace(poses, instances=poses.instances + poses.unannotated)
+    ids, box = everything.column("id"), everything.column("box")
+    image_size = np.stack([everything.column("width"), everything.column("height")], 1)
+    low, high = box[:, :2], box[:, :2] + box[:, 2:]
+    wholly = ((high <= 0) | (low >= image_size)).any(1)
+    beyond = ((low < -1) | (high > image_size + 1)).any(1)  # up to a pixel is taken for rounding
+    xy = poses.truth.xy  # 0 where not annotated: inside
+    stray = ((xy < -1) | (xy > image_size[: len(poses), None] + 1)).any(2)
+    files = dict.fromkeys(i.file for i in everything.instances)
+    return Report(
+        file=poses.file,
+        size={
+            "images": len({i.image_id for i in everything.instances}),
+            "instances": len(everything),
+            "with keypoints": len(poses),
+            "keypoints each": len(poses.schema),
+        },
+        categories=dict(sorted(Counter(i.category for i in everything.instances).items())),
+        families=dict(sorted(Counter(i.family for i in everything.instances).items())),
+        skipped={"crowd": len(poses.crowds)} if poses.crowds else {},
+        sides=[f"{poses.schema.names[a]} / {poses.schema.names[b]}" for a, b in poses.schema.flip_pairs],
+        odd={
+            "boxes partly outside the image": ids[beyond & ~wholly].tolist(),
+            "boxes wholly outside the image": ids[wholly].tolist(),
+            "keypoints outside the image": ids[np.nonzero(stray)[0]].tolist(),
+            "missing images": [str(file) for file in files if not file.is_file()],
+        },
+    )
 
 # %% ../../nbs/data/coco.ipynb #write
-def coco_json(poses: PoseSet, **columns) -> dict:
+def coco_json(poses: PoseSet, **columns: Sequence | np.ndarray) -> dict[str, list]:
     """The set as a COCO keypoint file's content; `columns`, (N, ...) arrays, are added to the annotations."""
-    s, truth = poses.schema, poses.truth
-    xy = truth.xy.astype(str).astype(np.float64)   # the shortest decimals that are read back as the same float32
-    points = np.concatenate([xy, truth.visible[..., None]], 2).reshape(len(poses), 3 * len(s))
-    name = lambda i: (i.file.relative_to(poses.folder) if i.file.is_relative_to(poses.folder) else Path(i.file.name)).as_posix()
-    pose = dict(keypoints=s.names, skeleton=[(a + 1, b + 1) for a, b in s.skeleton], flip_pairs=s.flip_pairs, sigmas=s.sigmas)
-    return dict(
-        images=list({i.image_id: dict(id=i.image_id, file_name=name(i), width=i.width, height=i.height) for i in poses.instances}.values()),
-        categories=list({i.category_id: dict(id=i.category_id, name=i.category, supercategory=i.family, **pose) for i in poses.instances}.values()),
-        annotations=[dict(id=i.id, image_id=i.image_id, category_id=i.category_id, bbox=i.box, area=float(truth.area[n]), iscrowd=0,
-                          num_keypoints=int((truth.visible[n] > 0).sum()), keypoints=points[n].tolist(),
-                          **{key: np.asarray(c[n]).tolist() for key, c in columns.items()}) for n, i in enumerate(poses.instances)])
+    schema, truth = poses.schema, poses.truth
+    xy = truth.xy.astype(str).astype(np.float64)  # the shortest decimals that are read back as the same float32
+    points = np.concatenate([xy, truth.visible[..., None]], 2).reshape(len(poses), 3 * len(schema))
+    skeleton = [(a + 1, b + 1) for a, b in schema.skeleton]
+    pose = dict(keypoints=schema.names, skeleton=skeleton, flip_pairs=schema.flip_pairs, sigmas=schema.sigmas)
+    images, categories, annotations = {}, {}, []
+    for n, i in enumerate(poses.instances):
+        name = i.file.relative_to(poses.folder) if i.file.is_relative_to(poses.folder) else Path(i.file.name)
+        images[i.image_id] = dict(id=i.image_id, file_name=name.as_posix(), width=i.width, height=i.height)
+        categories[i.category_id] = dict(id=i.category_id, name=i.category, supercategory=i.family, **pose)
+        annotation = dict(
+            id=i.id,
+            image_id=i.image_id,
+            category_id=i.category_id,
+            bbox=i.box,
+            area=float(truth.area[n]),
+            iscrowd=0,
+            num_keypoints=int((truth.visible[n] > 0).sum()),
+            keypoints=points[n].tolist(),
+            **{key: np.asarray(column[n]).tolist() for key, column in columns.items()},
+        )
+        annotations.append(annotation)
+    return dict(images=list(images.values()), categories=list(categories.values()), annotations=annotations)

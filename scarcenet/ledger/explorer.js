@@ -1,8 +1,8 @@
 // Pseudo-label explorer: why did each keypoint of each animal get its decision?
 // Index letters: e epoch (E), i sample animal (n), k keypoint (K), v visit in an epoch (V). Positions: px of the crop.
 
-const TRUTH = 3, RELIABLE = 2, REUSABLE = 1, CONSISTENCY = 0, IGNORED = -1;
-const KINDS = [TRUTH, RELIABLE, REUSABLE, CONSISTENCY, IGNORED];
+const TRUTH = 3, RELIABLE = 2, REUSABLE = 1, TEACHER_ONLY = 0, IGNORED = -1;
+const KINDS = [TRUTH, RELIABLE, REUSABLE, TEACHER_ONLY, IGNORED];
 const RUN_RULES = { keep: null, agree_px: null, drop: null };
 const PAGE = 24;
 const TYPES = { float32: Float32Array, int8: Int8Array, int16: Int16Array, int32: Int32Array, uint8: Uint8Array };
@@ -55,7 +55,10 @@ function smallLosses({ index, batch, loss }, has, keep) {
   return reliable;
 }
 
-/** Decide one epoch again. all: of decodeAll; run: bundle.run_rules. Returns the last visits' {decision: Int8Array (N,K), counts}. */
+/**
+ * Decide one epoch again. all: of decodeAll; run: bundle.run_rules.
+ * Returns the last visits' {decision: Int8Array (N,K), counts}.
+ */
 export function redecide(all, run, rules, e) {
   const { score, has_label, labelled } = all, { index, distance } = all.epochs[e];
   const K = score.length / labelled.length;
@@ -70,7 +73,7 @@ export function redecide(all, run, rules, e) {
   for (const [i, v] of last) {
     for (let k = 0; k < K; k++) {
       const j = i * K + k, p = v * K + k;
-      const rest = has[j] || !(labelled[i] || run.confident_only) ? CONSISTENCY : IGNORED;
+      const rest = has[j] || !(labelled[i] || run.confident_only) ? TEACHER_ONLY : IGNORED;
       if (labelled[i]) decision[j] = has[j] ? TRUTH : rest;
       else decision[j] = reliable[p] ? RELIABLE : distance[p] < agree ? REUSABLE : rest;
       if (!labelled[i]) counts[decision[j]]++;
@@ -116,7 +119,8 @@ function shownDecisions(model, a, size) {
   const { epoch, data } = model.get("decisions") || {}, e = model.get("epoch");
   if (epoch !== e) return a.decision.subarray(e * size, (e + 1) * size);
   if (typeof data === "string") return new Int8Array(bytes(data));
-  return data instanceof ArrayBuffer ? new Int8Array(data) : new Int8Array(data.buffer, data.byteOffset, data.byteLength);
+  if (data instanceof ArrayBuffer) return new Int8Array(data);
+  return new Int8Array(data.buffer, data.byteOffset, data.byteLength);
 }
 
 const point = (xy, j) => [xy[2 * j], xy[2 * j + 1]];
@@ -124,14 +128,16 @@ const known = ([x, y]) => Number.isFinite(x) && Number.isFinite(y);
 
 /** What is known of one keypoint under decision d. j: place in (n,K); ej: place in (E,n,K). */
 function factsOf(a, j, ej, d) {
-  const label = point(a.label_xy, j), ran = a.decision[ej];
+  const label = point(a.label_xy, j), student = point(a.student_xy, ej), ran = a.decision[ej];
   const labelRight = a.label_right ? a.label_right[j] : -1;
-  const right = d === ran && a.right ? a.right[ej] : d === REUSABLE ? -1 : labelRight; // another target than the run's: judged only if it is the label
+  let right = d === REUSABLE ? -1 : labelRight; // another target than the run's is judged only if it is the label
+  if (d === ran && a.right) right = a.right[ej];
   return {
-    d, ran, label, labelRight, right, target: d === REUSABLE ? point(a.student_xy, ej) : label,
-    weak: point(a.weak_xy, ej), student: point(a.student_xy, ej), teacher: point(a.teacher_xy, ej),
+    d, ran, label, labelRight, right, student, target: d === REUSABLE ? student : label,
+    weak: point(a.weak_xy, ej), teacher: point(a.teacher_xy, ej),
     truth: a.truth_xy && a.truth_known[j] ? point(a.truth_xy, j) : [NaN, NaN],
-    score: a.score[j], has: a.has_label[j] > 0, loss: a.loss[ej], rank: a.rank[ej], quota: a.quota[ej], distance: a.distance[ej],
+    score: a.score[j], has: a.has_label[j] > 0, loss: a.loss[ej],
+    rank: a.rank[ej], quota: a.quota[ej], distance: a.distance[ej],
   };
 }
 
@@ -139,18 +145,25 @@ const apart = ([x1, y1], [x2, y2]) => Math.hypot(x1 - x2, y1 - y2);
 const judged = (right) => ["unknown", "wrong", "right"][right + 1];
 const spaced = (count) => count.toLocaleString("en-US");
 
+/** Why the loss of keypoint facts f did not make its label reliable. */
+function whyNotReliable(f, rules) {
+  if (!f.has && rules.drop === null) return "its confidence is below the cut";
+  if (rules.keep !== null || rules.drop !== null) return "its loss is not among the smallest of its batch";
+  return f.rank < 0 ? "it has no loss to compare" : `its loss is too large (rank ${f.rank + 1}, quota ${f.quota})`;
+}
+
 /** One plain sentence: why keypoint facts f got its decision. */
 function verdict(f, labelled, rules, agree, kinds) {
-  const loss = !f.has && rules.drop === null ? "its confidence is below the cut"
-    : rules.keep !== null || rules.drop !== null ? "its loss is not among the smallest of its batch"
-    : f.rank < 0 ? "it has no loss to compare" : `its loss is too large (rank ${f.rank + 1}, quota ${f.quota})`;
-  const answers = Number.isFinite(f.distance) ? `its two answers differ by ${f.distance.toFixed(2)} heatmap px` : "its two answers cannot be compared";
-  const unused = labelled ? "nobody labelled this keypoint" : `${loss} and ${answers}`;
+  const loss = whyNotReliable(f, rules);
+  const answers = Number.isFinite(f.distance)
+    ? `its two answers differ by ${f.distance.toFixed(2)} heatmap px` : "its two answers cannot be compared";
+  const unused = labelled ? "this keypoint is not annotated" : `${loss} and ${answers}`;
   const why = {
     [TRUTH]: "A person placed this label, so it is used as it is",
     [RELIABLE]: "The pseudo-label is used, because its loss is among the smallest of its batch",
-    [REUSABLE]: `The network's own answer replaces the pseudo-label: ${loss}, but two answers agree within ${agree} heatmap px`,
-    [CONSISTENCY]: `No label is used, only consistency between views: ${unused}`,
+    [REUSABLE]: `The network's own answer replaces the pseudo-label: ${loss}, `
+      + `but two answers agree within ${agree} heatmap px`,
+    [TEACHER_ONLY]: `No label is used, only the teacher's answer is: ${unused}`,
     [IGNORED]: `Left out of the training step: ${unused}`,
   }[f.d];
   const truth = f.d < REUSABLE ? "" : { 0: "; the target is wrong", 1: "; the target is right" }[f.right] || "";
@@ -163,7 +176,8 @@ const SVG = new Set(["svg", "g", "line", "circle", "path", "image"]);
 
 /** New HTML or SVG element; attributes beginning with "on" are listeners. */
 function h(tag, attrs = {}, ...children) {
-  const node = SVG.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  const svg = SVG.has(tag);
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attrs)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (value !== false) node.setAttribute(name, value === true ? "" : value);
@@ -192,158 +206,207 @@ const shownMarks = (f) => Object.keys(SHAPES).filter((name) => known(f[name]));
 /** Markers of a keypoint's facts f, half-width r, each joined to the label. */
 function marksOf(f, r) {
   const names = shownMarks(f);
-  return [...(known(f.label) ? names.map((name) => lineTo(f.label, f[name], "link")) : []), ...names.map((name) => marker(name, f[name], r))];
+  const links = known(f.label) ? names.map((name) => lineTo(f.label, f[name], "link")) : [];
+  return [...links, ...names.map((name) => marker(name, f[name], r))];
 }
+
+const swatch = (colour) => h("i", { class: "swatch", style: `background:${colour}` });
 
 /** Stacked bar of counts {kind: number}, named in words by its title. */
 function paintBar(bar, counts, { kinds, colours }) {
-  const present = KINDS.filter((kind) => counts[kind]), total = present.reduce((sum, kind) => sum + counts[kind], 0);
-  bar.replaceChildren(...present.map((kind) => h("span", { style: `flex-grow:${counts[kind] / total};background:${colours[kind]}` })));
-  bar.title = present.map((kind) => `${kinds[kind]} ${spaced(counts[kind])} (${(100 * counts[kind] / total).toFixed(0)}%)`).join(", ");
+  const present = KINDS.filter((kind) => counts[kind]);
+  const total = present.reduce((sum, kind) => sum + counts[kind], 0);
+  const part = (kind) => h("span", { style: `flex-grow:${counts[kind] / total};background:${colours[kind]}` });
+  const words = (kind) => `${kinds[kind]} ${spaced(counts[kind])} (${(100 * counts[kind] / total).toFixed(0)}%)`;
+  bar.replaceChildren(...present.map(part));
+  bar.title = present.map(words).join(", ");
   bar.setAttribute("aria-label", bar.title);
 }
 
-// ---- the explorer ----------------------------------------------------------------------------------------------
+// ---- the explorer: a context that all parts share, the parts, and `render`, which puts them together -----------
 
-function render({ model, el }) {
+/** What the parts of an explorer share: the data, what is shown now, and the ways to change it. */
+function makeContext(model) {
   const bundle = model.get("bundle"), a = decodeEach(bundle.arrays);
-  const { names, bones, sides, kinds, colours, instances, run_rules: run } = bundle;
-  const n = instances.length, K = names.length, E = bundle.epochs.length, hasTruth = Boolean(a.right || a.label_right);
-  const swatch = (kind) => h("i", { class: "swatch", style: `background:${colours[kind]}` });
-  let decisions, matches = [], page = 0;
+  const n = bundle.instances.length, K = bundle.names.length, E = bundle.epochs.length;
+  const put = (name, value) => {
+    model.set(name, value);
+    model.save_changes();
+  };
+  const context = {
+    model, bundle, a, n, K, E, hasTruth: Boolean(a.right || a.label_right),
+    decisions: null, // Int8Array (n,K) shown now
+    matches: [], // the animals that pass the filters
+    page: 0, // of the thumbnails
+    facts(i, k) {
+      const j = i * K + k, e = model.get("epoch");
+      return factsOf(a, j, e * n * K + j, context.decisions[j]);
+    },
+    select: (instance, keypoint) => put("selected", { instance, keypoint }),
+    setEpoch: (e) => put("epoch", Math.max(0, Math.min(E - 1, e))),
+    setRule: (name, value) => put("rules", { ...model.get("rules"), [name]: value }),
+    resetRules: () => put("rules", { ...RUN_RULES }),
+  };
+  return context;
+}
 
-  const put = (name, value) => { model.set(name, value); model.save_changes(); };
-  const facts = (i, k) => factsOf(a, i * K + k, (model.get("epoch") * n + i) * K + k, decisions[i * K + k]);
-  const setRule = (name, value) => put("rules", { ...model.get("rules"), [name]: value });
-  const setEpoch = (e) => put("epoch", Math.max(0, Math.min(E - 1, e)));
-
-  // --- filters
-  const select = (test, label, pairs) => h("select", { "data-test": test, "aria-label": label, onchange: refilter },
+/** Menus and boxes that choose among the animals; `refilter` is called after each change. */
+function makeFilters(context, refilter) {
+  const { bundle, K, hasTruth, facts } = context, { instances, names, kinds } = bundle;
+  const menu = (test, label, pairs) => h("select", { "data-test": test, "aria-label": label, onchange: refilter },
     ...[["", `any ${label}`], ...pairs].map(([value, text]) => h("option", { value }, text)));
-  const check = (test) => h("input", { type: "checkbox", "data-test": test, onchange: refilter }), tick = (box, text) => h("label", {}, box, text);
-  const category = select("category", "category", [...new Set(instances.map((x) => x.category))].sort().map((c) => [c, c]));
-  const joint = select("keypoint", "keypoint", names.map((name, k) => [k, name]));
-  const kind = select("kind", "decision", KINDS.map((d) => [d, kinds[d]]));
+  const check = (test) => h("input", { type: "checkbox", "data-test": test, onchange: refilter });
+  const categories = [...new Set(instances.map((x) => x.category))].sort();
+  const category = menu("category", "category", categories.map((c) => [c, c]));
+  const keypoint = menu("keypoint", "keypoint", names.map((name, k) => [k, name]));
+  const kind = menu("kind", "decision", KINDS.map((d) => [d, kinds[d]]));
   const wrong = check("wrong"), unlabelled = check("unlabelled");
 
   /** Does keypoint k of animal i pass the filters on keypoints? */
-  const passes = (i, k) => (joint.value === "" || k === Number(joint.value))
-    && (kind.value === "" || decisions[i * K + k] === Number(kind.value))
+  const passes = (i, k) => (keypoint.value === "" || k === Number(keypoint.value))
+    && (kind.value === "" || context.decisions[i * K + k] === Number(kind.value))
     && (!wrong.checked || facts(i, k).right === 0);
   const firstPassing = (i) => names.findIndex((_, k) => passes(i, k));
-  const findMatches = () => instances.map((_, i) => i).filter((i) => (category.value === "" || instances[i].category === category.value)
-    && !(unlabelled.checked && instances[i].labelled) && firstPassing(i) >= 0);
+  const matches = (animal, i) => (category.value === "" || animal.category === category.value)
+    && !(unlabelled.checked && animal.labelled) && firstPassing(i) >= 0;
+  const findMatches = () => instances.map((_, i) => i).filter((i) => matches(instances[i], i));
 
-  const pick = (instance, keypoint) => put("selected", { instance, keypoint });
-  /** Go to animal i, one of the matches: at the same keypoint if it passes the filters, else at the first which does. */
-  function choose(i) {
-    const { keypoint } = model.get("selected");
-    pick(i, passes(i, keypoint) ? keypoint : firstPassing(i));
-  }
-  function step(by) {
-    const now = model.get("selected").instance;
-    const to = by > 0 ? matches.find((i) => i > now) : matches.filter((i) => i < now).pop();
-    if (to !== undefined) choose(to);
-  }
-  function refilter() {
-    matches = findMatches();
-    const { instance } = model.get("selected");
-    if (matches.length) choose(matches.includes(instance) ? instance : matches[0]);
-    followSelection();
-  }
+  const nodes = [category, keypoint, kind, hasTruth ? h("label", {}, wrong, "wrong targets only") : "",
+    h("label", {}, unlabelled, "unlabelled animals only")];
+  return { nodes, passes, firstPassing, findMatches };
+}
 
-  // --- left column: grid of thumbnails
+/** The animals that pass the filters, a page at a time; `choose(i)` goes to animal i, `update()` paints anew. */
+function makeThumbnails(context, choose, update) {
+  const { model, bundle, n, K } = context, { instances } = bundle;
   const found = h("p", { "data-test": "matches", role: "status" });
-  const thumbs = Array.from({ length: PAGE }, (_, slot) => h("button", { class: "thumb", onclick: () => choose(matches[page * PAGE + slot]) },
-    h("img", { alt: "" }), h("span", { class: "bar" })));
-  const turn = (by) => { page += by; update(); };
-  const prev = h("button", { "data-test": "prev", "aria-label": "previous page", onclick: () => turn(-1) }, "‹ prev");
-  const next = h("button", { "data-test": "next", "aria-label": "next page", onclick: () => turn(1) }, "next ›");
+  const turner = (test, label, by, text) => h("button", { "data-test": test, "aria-label": label, onclick: () => {
+    context.page += by;
+    update();
+  } }, text);
+  const prev = turner("prev", "previous page", -1, "‹ prev"), next = turner("next", "next page", 1, "next ›");
   const pages = h("span");
+  const thumbs = Array.from({ length: PAGE }, (_, slot) => {
+    const onclick = () => choose(context.matches[context.page * PAGE + slot]);
+    return h("button", { class: "thumb", onclick }, h("img", { alt: "" }), h("span", { class: "bar" }));
+  });
 
-  function paintThumbs() {
-    const last = Math.max(0, Math.ceil(matches.length / PAGE) - 1), { instance } = model.get("selected");
-    page = Math.min(page, last);
+  function paintThumb(thumb, i) {
+    const [img, bar] = thumb.children, { image, category, file } = instances[i];
+    if (img.getAttribute("src") !== image) img.src = image;
+    const counts = {};
+    for (const d of context.decisions.subarray(i * K, i * K + K)) counts[d] = (counts[d] || 0) + 1;
+    paintBar(bar, counts, bundle);
+    thumb.title = `${category}, ${file}: ${bar.title}`;
+    thumb.setAttribute("aria-label", thumb.title);
+    thumb.setAttribute("aria-pressed", i === model.get("selected").instance);
+  }
+  function paint() {
+    const { matches } = context, last = Math.max(0, Math.ceil(matches.length / PAGE) - 1);
+    context.page = Math.min(context.page, last);
     found.textContent = `${matches.length} of ${n} animals`;
-    pages.textContent = `${page + 1} / ${last + 1}`;
-    prev.disabled = page === 0;
-    next.disabled = page === last;
+    pages.textContent = `${context.page + 1} / ${last + 1}`;
+    prev.disabled = context.page === 0;
+    next.disabled = context.page === last;
     thumbs.forEach((thumb, slot) => {
-      const i = matches[page * PAGE + slot], [img, bar] = thumb.children;
+      const i = matches[context.page * PAGE + slot];
       thumb.hidden = i === undefined;
-      if (thumb.hidden) return;
-      if (img.getAttribute("src") !== instances[i].picture) img.src = instances[i].picture;
-      const counts = {};
-      for (const d of decisions.subarray(i * K, i * K + K)) counts[d] = (counts[d] || 0) + 1;
-      paintBar(bar, counts, bundle);
-      thumb.title = `${instances[i].category}, ${instances[i].file}: ${bar.title}`;
-      thumb.setAttribute("aria-label", thumb.title);
-      thumb.setAttribute("aria-pressed", i === instance);
+      if (!thumb.hidden) paintThumb(thumb, i);
     });
   }
+  const pager = h("div", { class: "pager" }, found, prev, pages, next);
+  return { nodes: [pager, h("div", { class: "grid" }, ...thumbs)], paint };
+}
 
-  // --- middle: picture
+/** The selected animal with its keypoints, a close-up of the selected one, and the legend. */
+function makeImage(context) {
+  const { model, bundle, a, hasTruth, facts, select } = context, { names, bones, sides, kinds, colours } = bundle;
   const caption = h("p", { class: "caption" });
   const image = h("image"), overlay = h("g");
   const picture = h("svg", { class: "picture", role: "img", "aria-label": "animal with keypoints" }, image, overlay);
-  const closeup = h("svg", { class: "picture closeup", role: "img", "aria-label": "close-up of the selected keypoint" }, h("image"), h("g", { class: "disc" }));
+  const enlarged = h("image"), enlargedOverlay = h("g", { class: "disc" });
+  const closeup = h("svg", { class: "picture closeup", role: "img", "aria-label": "close-up of the selected keypoint" },
+    enlarged, enlargedOverlay);
   const glyph = (name) => h("svg", { viewBox: "-1.4 -1.4 2.8 2.8", "aria-hidden": "true" }, marker(name, [0, 0], 1));
+  const marks = Object.keys(SHAPES).filter((name) => name !== "truth" || a.truth_xy);
   const legend = h("p", { class: "legend" },
-    ...Object.keys(SHAPES).filter((name) => name !== "truth" || a.truth_xy).map((name) => h("span", {}, glyph(name), SHAPES[name][0])),
-    hasTruth ? h("span", {}, h("i", { class: "ring" }), "wrong target") : "", h("span", {}, h("i", { class: "dashes" }), "right side"));
+    ...marks.map((name) => h("span", {}, glyph(name), SHAPES[name][0])),
+    hasTruth ? h("span", {}, h("i", { class: "ring" }), "wrong target") : "",
+    h("span", {}, h("i", { class: "dashes" }), "right side"));
 
-  function paintPicture({ instance: i, keypoint }) {
-    const { width, height, picture: href, category: what, family, file, labelled } = instances[i];
-    const unit = Math.max(width, height) / 100, margin = 3 * unit;
-    if (image.getAttribute("href") !== href) {
-      picture.setAttribute("viewBox", [-margin - 0.5, -margin - 0.5, width + 2 * margin, height + 2 * margin].join(" "));
-      for (const copy of [image, closeup.firstChild]) {       // a position is whole in the middle of a pixel
-        for (const [name, value] of Object.entries({ href, width, height, x: -0.5, y: -0.5 })) copy.setAttribute(name, value);
-      }
+  function showImage({ image: href, width, height }, margin) {
+    if (image.getAttribute("href") === href) return;
+    picture.setAttribute("viewBox", [-margin - 0.5, -margin - 0.5, width + 2 * margin, height + 2 * margin].join(" "));
+    const place = { href, width, height, x: -0.5, y: -0.5 }; // a position is whole in the middle of a pixel
+    for (const copy of [image, enlarged]) {
+      for (const [name, value] of Object.entries(place)) copy.setAttribute(name, value);
     }
-    caption.replaceChildren(h("b", {}, what), ` (${family}) · ${file} · ${labelled ? "labelled by a person" : "unlabelled"}`);
-    const all = names.map((_, k) => facts(i, k)), f = all[keypoint];
-    const parts = bones.filter(([p, q]) => known(all[p].target) && known(all[q].target))
-      .map(([p, q]) => lineTo(all[p].target, all[q].target, sides[p] === "right" || sides[q] === "right" ? "bone right" : "bone"));
-    all.forEach(({ d, right, target: [cx, cy] }, k) => {
-      if (!known([cx, cy])) return;
-      const r = (k === keypoint ? 2.4 : 1.6) * unit;
-      const disc = h("g", { class: "disc", "data-test": `disc-${k}`, onclick: () => pick(i, k) },
-        h("circle", { cx, cy, r, fill: colours[d] }), right === 0 ? h("circle", { cx, cy, r: r + 0.9 * unit, class: "wrong" }) : "");
-      disc.append(document.createElementNS(disc.namespaceURI, "title"));
-      disc.lastChild.textContent = `${names[k]}: ${kinds[d]}${right === 0 ? ", target wrong" : ""}`;
-      parts.push(disc);
-    });
-    overlay.replaceChildren(...parts, ...marksOf(f, 1.3 * unit));
-    paintCloseup(f, 2 * unit);
   }
-  /** The selected keypoint's facts f, enlarged so that all its markers are seen; at least 2 * least px of the crop wide. */
+  /** Keypoint k of animal i, with facts f, as a dot of radius r that can be clicked; a wrong target has a ring. */
+  function disc(i, k, { d, right, target: [cx, cy] }, r, room) {
+    const node = h("g", { class: "disc", "data-test": `disc-${k}`, onclick: () => select(i, k) },
+      h("circle", { cx, cy, r, fill: colours[d] }),
+      right === 0 ? h("circle", { cx, cy, r: r + room, class: "wrong" }) : "");
+    const title = document.createElementNS(node.namespaceURI, "title");
+    title.textContent = `${names[k]}: ${kinds[d]}${right === 0 ? ", target wrong" : ""}`;
+    node.append(title);
+    return node;
+  }
+  /** The selected keypoint's facts f, enlarged so that all its markers are seen; at least 2 * least crop px wide. */
   function paintCloseup(f, least) {
     closeup.style.visibility = known(f.target) ? "visible" : "hidden";
     if (!known(f.target)) return;
-    const [cx, cy] = f.target, half = 1.3 * Math.max(least, ...shownMarks(f).map((name) => apart(f[name], f.target)));
+    const [cx, cy] = f.target;
+    const half = 1.3 * Math.max(least, ...shownMarks(f).map((name) => apart(f[name], f.target)));
     closeup.setAttribute("viewBox", [cx - half, cy - half, 2 * half, 2 * half].join(" "));
-    closeup.lastChild.replaceChildren(h("circle", { cx, cy, r: 0.14 * half, fill: colours[f.d] }), ...marksOf(f, 0.08 * half));
+    enlargedOverlay.replaceChildren(h("circle", { cx, cy, r: 0.14 * half, fill: colours[f.d] }),
+      ...marksOf(f, 0.08 * half));
   }
+  function paint() {
+    const { instance: i, keypoint } = model.get("selected"), animal = bundle.instances[i];
+    const unit = Math.max(animal.width, animal.height) / 100;
+    showImage(animal, 3 * unit);
+    const { category, family, file, labelled } = animal;
+    caption.replaceChildren(h("b", {}, category),
+      ` (${family}) · ${file} · ${labelled ? "labelled by a person" : "unlabelled"}`);
+    const all = names.map((_, k) => facts(i, k));
+    const onRight = (bone) => bone.some((k) => sides[k] === "right");
+    const lines = bones.filter((bone) => bone.every((k) => known(all[k].target)))
+      .map(([p, q]) => lineTo(all[p].target, all[q].target, onRight([p, q]) ? "bone right" : "bone"));
+    const discs = all.flatMap((f, k) => (known(f.target)
+      ? disc(i, k, f, (k === keypoint ? 2.4 : 1.6) * unit, 0.9 * unit) : []));
+    overlay.replaceChildren(...lines, ...discs, ...marksOf(all[keypoint], 1.3 * unit));
+    paintCloseup(all[keypoint], 2 * unit);
+  }
+  return { nodes: [caption, picture, h("div", { class: "below" }, closeup, legend)], paint };
+}
 
-  // --- right column: panel, history, list of keypoints
-  const heading = h("h3"), sentence = h("p", { class: "verdict", "data-test": "verdict", role: "status" }), table = h("table");
+/** The facts about the selected keypoint, its history, and the list of the animal's keypoints. */
+function makePanel(context) {
+  const { model, bundle, a, n, K, hasTruth, facts, select, setEpoch } = context;
+  const { names, kinds, colours, instances, run_rules: run } = bundle;
+  const heading = h("h3"), sentence = h("p", { class: "verdict", "data-test": "verdict", role: "status" });
+  const table = h("table");
   const history = bundle.epochs.map((epoch, e) => h("button", { class: "square", onclick: () => setEpoch(e) }));
-  const list = names.map((name, k) => h("button", { "data-test": `keypoint-${k}`, onclick: () => pick(model.get("selected").instance, k) }));
+  const list = names.map((name, k) => h("button",
+    { "data-test": `keypoint-${k}`, onclick: () => select(model.get("selected").instance, k) }));
 
-  function paintPanel({ instance: i, keypoint: k }, rules, e) {
-    const f = facts(i, k), { labelled } = instances[i], agree = rules.agree_px ?? run.agree_px;
+  /** The table's rows [what, value] about facts f. */
+  function rowsOf(f, labelled, agree) {
+    const cut = labelled ? "" : f.has ? ", above the run's cut" : ", below the run's cut";
+    const near = `${f.distance < Math.fround(agree) ? "under" : "not under"} ${agree}`;
     const rows = [
-      ["confidence", f.score.toFixed(3) + (labelled ? "" : f.has ? ", above the run's cut" : ", below the run's cut")],
+      ["confidence", f.score.toFixed(3) + cut],
       ["loss", Number.isNaN(f.loss) ? "none" : f.loss.toPrecision(3)],
       ["place in its batch", f.rank < 0 ? "did not compete" : `rank ${f.rank + 1}, quota ${f.quota} (run)`],
-      ["answers apart", Number.isNaN(f.distance) ? "none" : `${f.distance.toFixed(2)} heatmap px, ${f.distance < Math.fround(agree) ? "under" : "not under"} ${agree}`],
+      ["answers apart", Number.isNaN(f.distance) ? "none" : `${f.distance.toFixed(2)} heatmap px, ${near}`],
       ["target moved", f.d < REUSABLE ? "no label used" : `${apart(f.target, f.label).toFixed(2)} crop px`],
     ];
-    if (hasTruth) rows.push(["label", judged(f.labelRight)], ["target", judged(f.right) + (f.d < REUSABLE ? ", not used" : "")]);
-    heading.replaceChildren(names[k], h("span", { class: "chip" }, swatch(f.d), kinds[f.d]));
-    sentence.textContent = verdict(f, labelled, rules, agree, kinds);
-    table.replaceChildren(...rows.map(([what, value]) => h("tr", {}, h("th", { scope: "row" }, what), h("td", {}, value))));
+    if (!hasTruth) return rows;
+    const use = f.d < REUSABLE ? ", not used" : "";
+    return [...rows, ["label", judged(f.labelRight)], ["target", judged(f.right) + use]];
+  }
+  function paintHistory(i, k, e) {
     history.forEach((square, at) => {
       const d = a.decision[(at * n + i) * K + k];
       square.style.background = colours[d];
@@ -351,84 +414,148 @@ function render({ model, el }) {
       square.setAttribute("aria-label", square.title);
       square.setAttribute("aria-current", at === e);
     });
+  }
+  function paint() {
+    const { instance: i, keypoint: k } = model.get("selected"), rules = model.get("rules");
+    const f = facts(i, k), { labelled } = instances[i], agree = rules.agree_px ?? run.agree_px;
+    heading.replaceChildren(names[k], h("span", { class: "chip" }, swatch(colours[f.d]), kinds[f.d]));
+    sentence.textContent = verdict(f, labelled, rules, agree, kinds);
+    table.replaceChildren(...rowsOf(f, labelled, agree).map(([what, value]) =>
+      h("tr", {}, h("th", { scope: "row" }, what), h("td", {}, value))));
+    paintHistory(i, k, model.get("epoch"));
     list.forEach((row, at) => {
       const { d, right } = facts(i, at);
-      row.replaceChildren(swatch(d), names[at], h("small", {}, kinds[d] + (right === 0 ? " ✗ wrong" : "")));
+      const words = kinds[d] + (right === 0 ? " ✗ wrong" : "");
+      row.replaceChildren(swatch(colours[d]), names[at], h("small", {}, words));
       row.setAttribute("aria-pressed", at === k);
     });
   }
+  const nodes = [heading, sentence, table,
+    h("h4", {}, "in the run, epoch by epoch"), h("div", { class: "history" }, ...history),
+    h("h4", {}, "keypoints"), h("div", { class: "list" }, ...list)];
+  return { nodes, paint };
+}
 
-  // --- top: sliders and counts
-  const slider = (test, label, attrs, oninput, reset) => {
-    const output = h("output"), input = h("input", { type: "range", "data-test": test, "aria-label": label, ...attrs, oninput });
-    return { input, output, reset, box: h("div", { class: "slider" }, h("span", {}, label, output), input, reset || "") };
+/** The sliders for the epoch and the rules; below them the counts, of the run and under these rules. */
+function makeSliders(context) {
+  const { model, bundle, E, setEpoch, setRule } = context, { kinds, colours, run_rules: run } = bundle;
+
+  function slider(test, label, attrs, set, reset) {
+    const output = h("output"), oninput = (event) => set(Number(event.target.value));
+    const input = h("input", { type: "range", "data-test": test, "aria-label": label, ...attrs, oninput });
+    const box = h("div", { class: "slider" }, h("span", {}, label, output), input, reset || "");
+    return { input, output, reset, box };
+  }
+  function rule(name, label, max, step) {
+    const reset = h("button", { "data-test": `${name}-reset`, "aria-label": `${label}: run's own`,
+      onclick: () => setRule(name, null) }, "run's own");
+    return slider(name, label, { min: 0, max, step }, (value) => setRule(name, value), reset);
+  }
+  const epochs = slider("epoch", "epoch", { min: 0, max: E - 1, step: 1 }, setEpoch);
+  const rules = {
+    keep: rule("keep", "keep small losses", 1, 0.01),
+    agree_px: rule("agree_px", "agree within, px", 3, 0.05),
+    drop: rule("drop", "drop least confident", 0.99, 0.01),
   };
-  const rule = (name, label, max, size) => slider(name, label, { min: 0, max, step: size }, (event) => setRule(name, Number(event.target.value)),
-    h("button", { "data-test": `${name}-reset`, "aria-label": `${label}: run's own`, onclick: () => setRule(name, null) }, "run's own"));
-  const epochs = slider("epoch", "epoch", { min: 0, max: E - 1, step: 1 }, (event) => setEpoch(Number(event.target.value)));
-  const sliders = { keep: rule("keep", "keep small losses", 1, 0.01), agree_px: rule("agree_px", "agree within, px", 3, 0.05),
-    drop: rule("drop", "drop least confident", 0.99, 0.01) };
   const note = h("p", { class: "note", "data-test": "note", role: "status" });
-  const bars = { run: h("div", { class: "bar", role: "img" }), now: h("div", { class: "bar", role: "img" }) }, numbers = h("p", { class: "legend" });
+  const bars = { run: h("div", { class: "bar", role: "img" }), now: h("div", { class: "bar", role: "img" }) };
+  const numbers = h("p", { class: "legend" });
 
-  function paintTop(rules, e) {
-    epochs.input.value = e;
-    epochs.output.textContent = bundle.epochs[e];
-    for (const [name, { input, output, reset }] of Object.entries(sliders)) {
-      const own = name === "keep" ? run.keep[e] : run[name], value = rules[name] ?? own;
-      input.value = value;
-      output.textContent = Number(value.toFixed(3)) + (rules[name] === null ? " (run)" : "");
-      reset.disabled = rules[name] === null;
-    }
-    const changed = Object.keys(sliders).some((name) => rules[name] !== null);
-    note.textContent = changed ? "What if: one step with the network as it was, not a retraining" : "";
-    note.style.visibility = changed ? "visible" : "hidden";
+  function paintCounts(changed) {
     const { counts = {}, run_counts: own } = model.get("decisions") || {};
     bars.run.parentElement.hidden = !own;
     if (own) paintBar(bars.run, own, bundle);
     paintBar(bars.now, counts, bundle);
-    numbers.replaceChildren(...KINDS.filter((d) => d !== TRUTH).map((d) => h("span", {}, swatch(d), `${kinds[d]} `,
-      h("b", {}, (own && changed ? `${spaced(own[d] || 0)} → ` : "") + spaced(counts[d] || 0)))));
+    const before = (d) => (own && changed ? `${spaced(own[d] || 0)} → ` : "");
+    numbers.replaceChildren(...KINDS.filter((d) => d !== TRUTH).map((d) => h("span", {},
+      swatch(colours[d]), `${kinds[d]} `, h("b", {}, before(d) + spaced(counts[d] || 0)))));
   }
+  function paint() {
+    const asked = model.get("rules"), e = model.get("epoch");
+    epochs.input.value = e;
+    epochs.output.textContent = bundle.epochs[e];
+    for (const [name, { input, output, reset }] of Object.entries(rules)) {
+      const value = asked[name] ?? (name === "keep" ? run.keep[e] : run[name]);
+      input.value = value;
+      output.textContent = Number(value.toFixed(3)) + (asked[name] === null ? " (run)" : "");
+      reset.disabled = asked[name] === null;
+    }
+    const changed = Object.keys(rules).some((name) => asked[name] !== null);
+    note.textContent = changed ? "What if: one step with the network as it was, not a retraining" : "";
+    note.style.visibility = changed ? "visible" : "hidden";
+    paintCounts(changed);
+  }
+  const label = "decisions over all unlabelled keypoints";
+  const nodes = [
+    h("div", { class: "top" }, epochs.box, ...Object.values(rules).map((s) => s.box)),
+    h("section", { class: "counts", "data-test": "counts", "aria-label": label },
+      h("div", {}, h("span", {}, "the run"), bars.run), h("div", {}, h("span", {}, "these rules"), bars.now),
+      numbers, note),
+  ];
+  return { nodes, paint };
+}
 
-  // --- put together
-  function update() {
-    const rules = model.get("rules"), selected = model.get("selected"), e = model.get("epoch");
-    decisions = shownDecisions(model, a, n * K);
-    matches = findMatches();
-    paintTop(rules, e);
-    paintThumbs();
-    paintPicture(selected);
-    paintPanel(selected, rules, e);
-  }
-  function followSelection() {
-    page = Math.max(0, Math.floor(matches.indexOf(model.get("selected").instance) / PAGE));
-    update();
-  }
-  const turnKeypoint = (by) => { const { instance, keypoint } = model.get("selected"); pick(instance, (keypoint + by + K) % K); };
-  const keys = {
-    ArrowRight: () => step(1), ArrowLeft: () => step(-1), ArrowDown: () => turnKeypoint(1), ArrowUp: () => turnKeypoint(-1),
-    "[": () => setEpoch(model.get("epoch") - 1), "]": () => setEpoch(model.get("epoch") + 1), r: () => put("rules", { ...RUN_RULES }),
+/** Keys that move through animals, keypoints and epochs; `step(by)` goes to another animal. */
+function keyHandler({ model, K, select, setEpoch, resetRules }, step) {
+  const turnKeypoint = (by) => {
+    const { instance, keypoint } = model.get("selected");
+    select(instance, (keypoint + by + K) % K);
   };
-  function onkeydown(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select") || !keys[event.key]) return;
+  const keys = {
+    ArrowRight: () => step(1), ArrowLeft: () => step(-1),
+    ArrowDown: () => turnKeypoint(1), ArrowUp: () => turnKeypoint(-1),
+    "[": () => setEpoch(model.get("epoch") - 1), "]": () => setEpoch(model.get("epoch") + 1), r: resetRules,
+  };
+  return (event) => {
+    const modified = event.ctrlKey || event.metaKey || event.altKey;
+    if (modified || event.target.matches("input, select") || !keys[event.key]) return;
     event.preventDefault();
     event.stopPropagation();
-    root.focus({ preventScroll: true });
+    event.currentTarget.focus({ preventScroll: true });
     keys[event.key]();
+  };
+}
+
+function render({ model, el }) {
+  const context = makeContext(model), { bundle, a, n, K, select } = context;
+  const filters = makeFilters(context, refilter), thumbnails = makeThumbnails(context, choose, update);
+  const image = makeImage(context), panel = makePanel(context), sliders = makeSliders(context);
+
+  /** Go to animal i, one of the matches: to the same keypoint if it passes the filters, else to the first that does. */
+  function choose(i) {
+    const { keypoint } = model.get("selected");
+    select(i, filters.passes(i, keypoint) ? keypoint : filters.firstPassing(i));
   }
-  const root = h("div", { class: "scarce", tabindex: 0, role: "group", "aria-label": bundle.title, "data-lm-suppress-shortcuts": "true", onkeydown },
-    h("header", {}, h("h2", {}, bundle.title), h("p", { class: "help" }, "keys: ← → animal · ↑ ↓ keypoint · [ ] epoch · r reset rules")),
-    h("div", { class: "top" }, epochs.box, ...Object.values(sliders).map((s) => s.box)),
-    h("section", { class: "counts", "data-test": "counts", "aria-label": "decisions over all unlabelled keypoints" },
-      h("div", {}, h("span", {}, "the run"), bars.run), h("div", {}, h("span", {}, "these rules"), bars.now), numbers, note),
-    h("div", { class: "columns" },
-      h("section", { class: "left" }, category, joint, kind, hasTruth ? tick(wrong, "wrong targets only") : "", tick(unlabelled, "unlabelled animals only"),
-        h("div", { class: "pager" }, found, prev, pages, next), h("div", { class: "grid" }, ...thumbs)),
-      h("section", { class: "middle" }, caption, picture, h("div", { class: "below" }, closeup, legend)),
-      h("section", { class: "panel" }, heading, sentence, table,
-        h("h4", {}, "in the run, epoch by epoch"), h("div", { class: "history" }, ...history),
-        h("h4", {}, "keypoints"), h("div", { class: "list" }, ...list))));
+  function step(by) {
+    const { matches } = context, now = model.get("selected").instance;
+    const to = by > 0 ? matches.find((i) => i > now) : matches.filter((i) => i < now).pop();
+    if (to !== undefined) choose(to);
+  }
+  function refilter() {
+    const matches = filters.findMatches(), { instance } = model.get("selected");
+    context.matches = matches;
+    if (matches.length) choose(matches.includes(instance) ? instance : matches[0]);
+    followSelection();
+  }
+  function update() {
+    context.decisions = shownDecisions(model, a, n * K);
+    context.matches = filters.findMatches();
+    for (const part of [sliders, thumbnails, image, panel]) part.paint();
+  }
+  function followSelection() {
+    context.page = Math.max(0, Math.floor(context.matches.indexOf(model.get("selected").instance) / PAGE));
+    update();
+  }
+
+  const help = "keys: ← → animal · ↑ ↓ keypoint · [ ] epoch · r reset rules";
+  const root = h("div", { class: "scarce", tabindex: 0, role: "group", "aria-label": bundle.title,
+    "data-lm-suppress-shortcuts": "true", onkeydown: keyHandler(context, step) },
+  h("header", {}, h("h2", {}, bundle.title), h("p", { class: "help" }, help)),
+  ...sliders.nodes,
+  h("div", { class: "columns" },
+    h("section", { class: "left" }, ...filters.nodes, ...thumbnails.nodes),
+    h("section", { class: "middle" }, ...image.nodes),
+    h("section", { class: "panel" }, ...panel.nodes)));
   el.append(root);
 
   const events = { epoch: update, rules: update, decisions: update, selected: followSelection };

@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # %% ../../nbs/utils/files.ipynb #atomic
 @contextmanager
 def atomic(file: Path | str) -> Iterator[Path]:
-    """Gives a temporary path beside `file` to write to; renames it to `file` if nothing went wrong, removes it otherwise."""
+    """Yield a temporary path beside `file`; it is renamed to `file` if the block succeeds, and removed otherwise."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
@@ -25,23 +26,25 @@ def atomic(file: Path | str) -> Iterator[Path]:
     finally:
         part.unlink(missing_ok=True)
 
-def write_json(file: Path | str, content) -> None:
+
+def write_json(file: Path | str, content: Any) -> None:
     """Write `content` as JSON, whole or not at all."""
     with atomic(file) as part:
         part.write_text(json.dumps(content), encoding="utf-8")
 
-def read_json(file: Path | str):
-    """The content of a JSON file; FileNotFoundError or ValueError of one line where there is none."""
+
+def read_json(file: Path | str) -> Any:
+    """The content of a JSON file; FileNotFoundError or ValueError of one line if it cannot be read."""
     try:
         return json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except OSError as e:                                  # not there, a folder, not allowed
+    except OSError as e:  # missing, a folder, not allowed
         raise FileNotFoundError(f"{file}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{file}: broken JSON, perhaps cut short ({e})") from None
 
 # %% ../../nbs/utils/files.ipynb #new
 def new_file(file: Path) -> Path:
-    """A file that is not there yet, in a folder that is; ValueError otherwise, before any work is done for it."""
+    """`file` itself, if it does not exist yet, with its folder made; ValueError otherwise."""
     if file.exists():
         raise ValueError(f"{file}: already there; choose another name, or remove it")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,21 @@
-"""The original's tensors and its tiny network, as this library reads them."""
+"""The official code's tensors and its tiny network, as this library reads them."""
+
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from scarcenet.models.hrnet import mbhrnet
-from scarcenet.schema import AP10K
 from scarcenet.models.weights import load_weights
+from scarcenet.schema import AP10K
 
 
-def read(file) -> dict[str, torch.Tensor]:
+def read(file: Path) -> dict[str, torch.Tensor]:
     """An npz file's arrays as tensors, half precision widened."""
     with np.load(file) as arrays:
-        return {name: torch.from_numpy(arrays[name].astype(np.float32) if arrays[name].dtype == np.float16 else arrays[name])
-                for name in arrays.files}
+        tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    return {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +40,12 @@ def tiny(parity):
 
 @pytest.fixture(scope="session")
 def network(tiny):
-    """Makes the original's tiny MBHRNet, in eval mode, with the weights `prefix`/... of an archive (its own where None)."""
+    """Makes the official code's tiny MBHRNet, in eval mode, with weights `prefix`... of `arrays` (None: its own)."""
+
     def make(arrays=None, prefix="state/"):
         model = mbhrnet(len(AP10K), width=8, modules=(1, 1, 1), blocks=1)
-        load_weights(model, {name.removeprefix(prefix): t for name, t in (arrays or tiny).items() if name.startswith(prefix)})
+        arrays = tiny if arrays is None else arrays
+        load_weights(model, {name.removeprefix(prefix): t for name, t in arrays.items() if name.startswith(prefix)})
         return model.eval()
+
     return make

@@ -1,12 +1,13 @@
 """The network, number by number and name by name."""
+
 import json
 
 import pytest
 import torch
 
-from scarcenet.models.hrnet import hrnet, w32
-from scarcenet.schema import AP10K
+from scarcenet.models.hrnet import hrnet, mbhrnet_w32
 from scarcenet.models.weights import load_weights, public_state
+from scarcenet.schema import AP10K
 
 
 def test_output_and_features(network, tiny):
@@ -16,7 +17,7 @@ def test_output_and_features(network, tiny):
         torch.testing.assert_close(model.features(tiny["input"])[..., ::2, ::2], tiny["feature"], atol=1e-4, rtol=0)
 
 
-def test_every_tensor_has_its_place(network, tiny):
+def test_every_tensor_is_loaded(network, tiny):
     model = network()
     state = {name.removeprefix("state/"): t for name, t in tiny.items() if name.startswith("state/")}
     ours = public_state(model)
@@ -27,7 +28,7 @@ def test_every_tensor_has_its_place(network, tiny):
     assert set(report.loaded) == state.keys() and not (report.missing or report.unexpected or report.mismatched)
 
 
-@pytest.mark.parametrize("name, make", [("hrnet_w32", hrnet), ("mbhrnet_w32", w32)])
+@pytest.mark.parametrize("name, make", [("hrnet_w32", hrnet), ("mbhrnet_w32", mbhrnet_w32)])
 def test_names_of_the_public_checkpoints(parity, name, make):
     expected = {n: tuple(shape) for n, shape in json.loads((parity / "w32_keys.json").read_text())[name]}
     with torch.device("meta"):
