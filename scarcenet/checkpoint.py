@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import Config
+from .data.coco import plain_name
 from .data.loader import TrainingSet
 from .heatmap import Keypoints
 from .models.build import build_network
@@ -45,9 +46,11 @@ def adam(model: nn.Module, lr: float) -> torch.optim.Adam:
 
 def start(config: Config, data: TrainingSet) -> State:
     """A run before its first epoch. ValueError if `config.weights` were made for keypoints of other names."""
-    if config.weights and (info := read_model_info(config.weights)) and info.schema.names != data.schema.names:
-        theirs, ours = (", ".join(schema.names) for schema in (info.schema, data.schema))
-        raise ValueError(f"{config.weights}: made for other keypoints, or another order: expected {ours}, got {theirs}")
+    if config.weights and (info := read_model_info(config.weights)):
+        theirs, ours = ([plain_name(name) for name in schema.names] for schema in (info.schema, data.schema))
+        if theirs != ours:
+            names = f"expected {', '.join(ours)}; got {', '.join(theirs)}"
+            raise ValueError(f"{config.weights}: made for other keypoints, or another order: {names}")
     student = build_network(config, len(data.schema))
     if world_size() > 1 and data.crops.device.type == "cuda":  # one process has too few instances for statistics
         from timm.layers import convert_sync_batchnorm  # torch's own would lose the activations in timm's batch norms

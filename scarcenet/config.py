@@ -170,6 +170,13 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse, with a ValueError, a value that makes no sense, before anything is read or written."""
+        if isinstance(self.labels, str) and self.labels.isdecimal():
+            object.__setattr__(self, "labels", int(self.labels))
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            accepted = (int, str) if field.name == "labels" else (int, float) if kind is float else (kind,)
+            if type(value) not in accepted:
+                raise ValueError(f"{field.name} is {value!r}, but must be of type {kind.__name__}")
         for name, (low, high) in _LIMITS.items():
             value = getattr(self, name)
             if not low <= value <= high:  # nan fails, too

@@ -103,6 +103,7 @@ def predict_multiview(
     batch: int = 32,
     refine: Callable[[Tensor, Tensor], Tensor] | None = None,
     shift_px: float = 0.0,
+    shared: bool = True,
     progress: str = "",
 ) -> Keypoints:
     """Keypoints of all N instances in image px (N, K, 2), with their scores (N, K), from the average of several views.
@@ -110,14 +111,17 @@ def predict_multiview(
     `make_views(crop)` turns crops (N, 3, 3) into views (V, N, 3, 3); `batch` is the number of images that go through
     the model at once; `refine` is what `decode` takes, `shift_px` what `render_views` takes: 0, but 3 for the official
     code's pseudo-labels, as it flips about S - 1 instead of S - 4. The model keeps its mode. Several processes share
-    the instances, and each returns them all.
+    the instances, and each returns them all; not `shared`: this process predicts its own `crops` alone.
     """
     was_training = model.training
     model.eval()
     n, views = len(crops), make_views(crops.crop)
-    share = math.ceil(n / world_size())  # equal shares: a few instances may be predicted twice
-    order = torch.arange(share * world_size()) % n
-    parts = order[rank_slice(len(order))].split(max(1, batch // len(views)))
+    order = torch.arange(n)
+    if shared:
+        share = math.ceil(n / world_size())  # equal shares: a few instances may be predicted twice
+        order = torch.arange(share * world_size()) % n
+        order = order[rank_slice(len(order))]
+    parts = order.split(max(1, batch // len(views)))
     bar = tqdm(parts, progress, disable=not (progress and is_main_process()), leave=False)
     found = []
     for index, pixels in zip(bar, crops.prefetch(parts), strict=True):
@@ -128,8 +132,8 @@ def predict_multiview(
         answer = decode(maps, crops.size / maps.shape[-1], refine)
         found.append(Keypoints(apply(invert(crop), answer.xy), answer.score))
     model.train(was_training)
-    xy, score = (all_gather(torch.cat(part))[:n] for part in zip(*found, strict=True))
-    return Keypoints(xy, score)
+    own = Keypoints(*(torch.cat(part) for part in zip(*found, strict=True)))
+    return Keypoints(*(all_gather(part)[:n] for part in own)) if shared else own
 
 # %% ../nbs/04_pseudo_labels.ipynb #cut
 def confidence_cut(score: Tensor, drop: float = 0.4, among: Tensor | None = None) -> Tensor:

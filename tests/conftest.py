@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import tempfile
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: each worker has a core of its own
@@ -19,15 +20,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("timing") is not None)
 
 
-@pytest.fixture(autouse=True)
-def alone_if_timing(request, tmp_path_factory):
-    """A test that measures time waits until no other runs, and no other begins before it ends."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    timing = request.node.get_closest_marker("timing") is not None
-    with open(shared / "timing.lock", "a") as lock:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A test that measures time runs alone: no other test or fixture runs until it ends."""
+    run = getattr(item.config, "workerinput", {}).get("testrunuid", os.getpid())
+    timing = item.get_closest_marker("timing") is not None
+    with open(Path(tempfile.gettempdir()) / f"scarcenet-tests-{run}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX if timing else fcntl.LOCK_SH)
-        yield
+        return (yield)
 
 
 def folder_or_skip(variable: str, default: str) -> Path:

@@ -137,10 +137,11 @@ def test_a_notebook_that_launches_processes():
     """Calls before a launcher copies the process must not fix the answers of the copies."""
     program = """
 from accelerate import debug_launcher
-from scarcenet.utils.distributed import rank_slice, world_size
+from scarcenet.utils.distributed import barrier, rank_slice, world_size
 
 def work():
     assert world_size() == 2 and rank_slice(8).stop - rank_slice(8).start == 4
+    barrier()          # neither ends while the other is still connecting
 
 assert world_size() == 1
 debug_launcher(work, num_processes=2)

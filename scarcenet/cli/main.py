@@ -161,7 +161,7 @@ def evaluate(
     """
     from scarcenet.data.loader import load_crops
     from scarcenet.evaluate import format_table
-    from scarcenet.predict.predictor import Predictor, find_config, find_networks, find_poses, measure
+    from scarcenet.predict.predictor import Predictor, find_config, find_networks, find_poses, match_keypoints, measure
     from scarcenet.utils.distributed import is_main_process
     from scarcenet.utils.files import write_json
 
@@ -172,6 +172,8 @@ def evaluate(
     predictors = {
         name: Predictor(file, device=device, config=settings, schema=poses.schema) for name, file in files.items()
     }
+    for predictor in predictors.values():  # before the images are decoded
+        match_keypoints(predictor.schema, poses.schema, f"{poses.file}, {predictor.file}")
     best = list(predictors)[-1]
     crops = load_crops(
         poses.instances,

@@ -198,13 +198,22 @@ def _decode(
         list(tqdm(pool.map(load, rows), "images", len(rows), disable=not progress, leave=False))
 
 # %% ../../nbs/01_data.ipynb #crop-images
-def crop_images(images: Sequence[np.ndarray], boxes: np.ndarray, size: int) -> CropCache:
-    """The crops of N boxes (N, 4) x, y, w, h in image px, one from each of N images (H, W, 3) uint8 RGB."""
-    box = torch.as_tensor(np.asarray(boxes, dtype=np.float64)).view(-1, 4)
-    cached = crop_affine(box, 2 * size, padding=1.25 * CACHE_MARGIN)
-    cuts = [_cut(image, affine.numpy(), 2 * size) for image, affine in zip(images, cached, strict=True)]
-    pixels = torch.from_numpy(np.stack(cuts)) if cuts else torch.zeros(0, 2 * size, 2 * size, 3, dtype=torch.uint8)
-    return CropCache(pixels, cached.float(), crop_affine(box, size).float(), size)
+def crop_images(images: Iterable[np.ndarray], boxes: np.ndarray | None, size: int) -> CropCache:
+    """The crops of N boxes (N, 4) x, y, w, h in image px, one from each of N images (H, W, 3) uint8 RGB.
+
+    Without `boxes`, of the whole images. `images` may be an iterator: one of them is in memory at a time.
+    """
+    cuts, crops, cached = [], [], []
+    for n, image in enumerate(images):
+        whole = (0, 0, image.shape[1], image.shape[0])
+        box = torch.as_tensor(whole if boxes is None else boxes[n], dtype=torch.float64)
+        cached.append(crop_affine(box, 2 * size, padding=1.25 * CACHE_MARGIN))
+        crops.append(crop_affine(box, size))
+        cuts.append(torch.from_numpy(_cut(image, cached[-1].numpy(), 2 * size)))
+    if not cuts:
+        none = torch.zeros(0, 3, 3)
+        return CropCache(torch.zeros(0, 2 * size, 2 * size, 3, dtype=torch.uint8), none, none, size)
+    return CropCache(torch.stack(cuts), torch.stack(cached).float(), torch.stack(crops).float(), size)
 
 # %% ../../nbs/01_data.ipynb #cache
 def _mapped(instances: Sequence[Instance], cached: Tensor, size: int, folder: Path, progress: bool) -> Tensor:

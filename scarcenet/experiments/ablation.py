@@ -29,7 +29,7 @@ from ..pseudo_labels import join_labels
 from ..run.folder import open_run, read_rows, write_rows
 from ..run.load import RunData, known_labels, load_run_data
 from ..run.train_run import decision_quality
-from ..train import Epoch, begin_scarcenet, fit
+from ..train import SCARCENET, Epoch, begin_scarcenet, fit
 from ..utils.device import describe, pick_device
 from ..utils.distributed import require_single_process
 from ..utils.files import write_json
@@ -101,7 +101,7 @@ def evaluate_epochs(epochs: Iterable[Epoch], run_data: RunData, config: Config) 
     best = float("-inf")
     for epoch in epochs:
         student = epoch.state.student
-        teacher = epoch.state.teacher if epoch.stage == "scarcenet" else student
+        teacher = epoch.state.teacher if epoch.stage == SCARCENET.name else student
         if epoch.epoch == epoch.epochs or epoch.epoch % config.evaluate_every == 0:
             reached = score(teacher, "val")["overall"]["AP"]
             if reached > best:

@@ -27,7 +27,7 @@ from ..evaluate import evaluate_poses
 from ..heatmap import decode, encode
 from ..predict.predictor import predict
 from ..pseudo_labels import make_pseudo
-from ..train import learn_scarcenet, learn_supervised, make_engine
+from ..train import SCARCENET, learn_scarcenet, learn_supervised, make_engine
 from ..utils.device import describe, number_format, peak_memory_mb, pick_device, prepare_model, tune_malloc
 from ..utils.distributed import require_single_process
 from ..zoo.dataset import write_zoo
@@ -97,7 +97,7 @@ def set_up(config: Config, folder: Path, instances: int) -> Bench:
     crops = load_crops(poses.instances, config.size).to(device)
     data = TrainingSet(poses.schema, crops, Labels._make(t.to(device) for t in labels))
     state = start(config, data)
-    state.stage = "scarcenet"
+    state.stage = SCARCENET.name
     return Bench(config, data, state, truth=poses, zoo_per_second=zoo_per_second)
 
 # %% ../../nbs/experiments/benchmark.ipynb #works

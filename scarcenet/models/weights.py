@@ -41,7 +41,8 @@ def public_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 # %% ../../nbs/models/weights.ipynb #save-weights
-METADATA = "scarcenet"  # the one key of the metadata, so that the bytes of a file do not depend on an order of keys
+# the one key of the metadata: safetensors writes several in any order, and equal files shall have equal bytes
+METADATA = "scarcenet"
 
 
 def write_tensors(file: Path | str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -103,7 +104,7 @@ def read_model_info(file: Path | str) -> ModelInfo | None:
         fields = {name: _as_tuples(value) for name, value in metadata.items() if name != "schema"}
         schema = KeypointSchema(**{name: _as_tuples(value) for name, value in metadata["schema"].items()})
         info = ModelInfo(schema=schema, **fields)
-        if not (isinstance(info.network, str) and isinstance(info.size, int)):
+        if not (isinstance(info.network, str) and type(info.size) is int and type(info.quantize_targets) is bool):
             raise ValueError(f"expected a network's name and a size in px, got {info.network!r} and {info.size!r}")
         if (info.mean, info.std) != (IMAGENET_MEAN, IMAGENET_STD):
             raise ValueError(f"expected ImageNet's normalisation of the input, got {info.mean} and {info.std}")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint import State, load_checkpoint, save_checkpoint
+from ..checkpoint import State, load_checkpoint, save_checkpoint, start
 from ..config import PRESETS, Config
 from ..data.coco import PoseSet
 from ..evaluate import SCORE_COLUMNS, evaluate_poses, label_quality
@@ -105,8 +105,12 @@ def train_in_folder(
     With `resume` it goes on from the checkpoint, if there is one.
     """
     began, checkpoint = time.perf_counter(), folder / "checkpoint.safetensors"
-    state = load_checkpoint(checkpoint, config, run_data.data) if resume and checkpoint.is_file() else None
-    earlier = sum(float(row["seconds"]) for row in read_rows(folder / "metrics.csv")) if state else 0.0
+    earlier = 0.0
+    if resume and checkpoint.is_file():
+        state = load_checkpoint(checkpoint, config, run_data.data)
+        earlier = sum(float(row["seconds"]) for row in read_rows(folder / "metrics.csv"))
+    else:
+        state = start(config, run_data.data)  # refuses unfit weights before anything more is written
     if config.ledger and config.epochs and is_main_process():
         start_ledger(folder / "ledger", run_data.train, run_data.data.labels.labelled)
     for epoch in fit(config, run_data.data, state, progress):
@@ -116,7 +120,6 @@ def train_in_folder(
             append_metrics(folder / "metrics.csv", row)
             write_outputs(config, folder, run_data, epoch)
             save_checkpoint(checkpoint, state)
-    assert state is not None  # a configuration has at least one epoch
     return finish_run(config, folder, run_data, state=state, seconds=earlier + time.perf_counter() - began)
 
 
