@@ -176,7 +176,8 @@ class Config:
             value, kind = getattr(self, field.name), type(field.default)
             accepted = (int, str) if field.name == "labels" else (int, float) if kind is float else (kind,)
             if type(value) not in accepted:
-                raise ValueError(f"{field.name} is {value!r}, but must be of type {kind.__name__}")
+                expected = " or ".join(t.__name__ for t in accepted)
+                raise ValueError(f"{field.name} is {value!r}, but must be of type {expected}")
         for name, (low, high) in _LIMITS.items():
             value = getattr(self, name)
             if not low <= value <= high:  # nan fails, too

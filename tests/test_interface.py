@@ -321,7 +321,7 @@ def test_settings_that_do_not_exist(zoo, tmp_path, run):
         ("demo", {"colour": 1}, "colour"),
         ("demo", {"size": "32"}, "size is '32'"),
         ("demo", {"epochs": 0.5}, "epochs is 0.5"),
-        ("demo", {"labels": None}, "labels is None"),
+        ("demo", {"labels": None}, "labels is None, but must be of type int or str"),
     ):
         with pytest.raises(ValueError, match=says):
             sn.train_run(config, data=zoo, out=tmp_path / "new", **changes)

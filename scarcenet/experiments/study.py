@@ -106,7 +106,7 @@ def mean_std(values: Sequence[float], sign: str = "") -> str:
 
 
 def summary(rows: Sequence[Mapping], labels: str, network: str = "teacher") -> dict[str, dict]:
-    """By method: mean ± deviation of the scores on test, and the gain over the supervised baseline, for `format_table`.
+    """By method: mean and deviation of the scores on test, and the gain over the baseline, for `format_table`.
 
     `network`: "teacher", "student" or "selected", whose columns are taken.
     """

@@ -108,17 +108,18 @@ class Predictor:
 
         `images`: one image or a sequence of them, each a path or an array (H, W, 3) uint8 RGB. A file's pixels are
         taken as they are stored, whatever its EXIF flag says, as in keypoint files; boxes and poses are of that frame.
-        `boxes`: (N, 4) x, y,
-        w, h in image px: all in the one image, or one in each image of a sequence; None for the whole images. Raises
-        ValueError for an image that is none, or boxes that do not fit the images.
+        `boxes`: (N, 4) x, y, w, h in image px: all in the one image, or one in each image of a sequence; None for the
+        whole images. Raises ValueError for an image that is none, or boxes that do not fit the images.
         """
-        some, single = as_sequence(images)
-        own = None if boxes is None else as_boxes(boxes)
-        if single and own is not None:
-            some = [as_image(some[0])] * len(own)
-        if own is not None and len(some) != len(own):
-            raise ValueError(f"{len(own)} boxes for {len(some)} images: expected one box for each image")
-        return self.predict_crops(crop_images(map(as_image, some), own, self.size), shared=False)
+        sources, single = as_sequence(images)
+        if boxes is None:
+            return self.predict_crops(crop_images(map(as_image, sources), None, self.size), shared=False)
+        checked = as_boxes(boxes)
+        if single:
+            sources = [as_image(sources[0])] * len(checked)
+        if len(sources) != len(checked):
+            raise ValueError(f"{len(checked)} boxes for {len(sources)} images: expected one box for each image")
+        return self.predict_crops(crop_images(map(as_image, sources), checked, self.size), shared=False)
 
     def predict_crops(self, crops: CropCache, *, shared: bool = True, progress: str = "") -> Poses:
         """The poses of N cached crops. Evaluation calls it, too; several processes share the crops if `shared`."""
