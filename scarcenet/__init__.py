@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what `_HOME` says, for editors and type checkers
     from .config import Config as Config, PRESETS as PRESETS
     from .data.coco import PoseSet as PoseSet, read_coco as read_coco
+    from .data.formats import read_labels as read_labels
+    from .data.importing import import_set as import_set
     from .evaluate import evaluate_poses as evaluate_poses
     from .heatmap import decode as decode, encode as encode, heatmap_loss as heatmap_loss
     from .ledger.explorer import explore as explore
@@ -51,6 +53,8 @@ _HOME = {
     "PRESETS": "config",
     "KeypointSchema": "schema",
     "AP10K": "schema",
+    "import_set": "data.importing",
+    "read_labels": "data.formats",
     "read_coco": "data.coco",
     "PoseSet": "data.coco",
     "evaluate_poses": "evaluate",

@@ -38,11 +38,12 @@ def flip_views(crop: Tensor, size: int) -> Tensor:
     return with_flips(crop[None], size)
 
 
-def multi_views(crop: Tensor, size: int, rng: Generator, count: int = 5) -> Tensor:
+def multi_views(crop: Tensor, size: int, rng: Generator, count: int = 5, mirror: bool = True) -> Tensor:
     """(2 x count, B, 3, 3): the crop, count - 1 zoomed and turned views of it, and the mirror image of each.
 
     As in the official code, scale is clip(N(1, 0.25), 0.75, 1.25), rotation clip(N(0, 30), -60, 60) degrees. `crop` is
-    (B, 3, 3), `size` its view's px. Draws on the CPU.
+    (B, 3, 3), `size` its view's px. Without `mirror`, the same views without their mirror images: (count, B, 3, 3).
+    Draws on the CPU.
     """
     n = len(crop)
     scale = 1 + 0.25 * torch.randn(count - 1, n, generator=rng).clamp(-1, 1)
@@ -50,7 +51,8 @@ def multi_views(crop: Tensor, size: int, rng: Generator, count: int = 5) -> Tens
     still = torch.zeros(n, dtype=torch.bool, device=crop.device)
     scale, degrees = scale.to(crop, non_blocking=True), degrees.to(crop, non_blocking=True)
     turned = [jitter(crop, s, d, still, size) for s, d in zip(scale, degrees, strict=True)]
-    return with_flips(torch.stack([crop, *turned]), size)
+    views = torch.stack([crop, *turned])
+    return with_flips(views, size) if mirror else views
 
 # %% ../nbs/04_pseudo_labels.ipynb #carry
 def warp_heatmaps(maps: Tensor, source: Tensor, target: Tensor, *, schema: KeypointSchema, size: int) -> Tensor:
@@ -153,13 +155,14 @@ def make_pseudo(
 ) -> Keypoints:
     """Stage 2: pseudo-labels of all N instances, (N, K, 2) in image px, with their scores (N, K).
 
-    `config` says how many views, how they are decoded, and how the model is run; its seed draws the views.
+    `config` says how many views, whether each is also flipped, how they are decoded, and how the model is run; its seed
+    draws the views.
     """
     rng = seeded(config.seed, 2)
     return predict_multiview(
         prepare_model(model, config.precision, config.compile),
         crops,
-        lambda crop: multi_views(crop, crops.size, rng, config.views),
+        lambda crop: multi_views(crop, crops.size, rng, config.views, config.mirror),
         schema=schema,
         batch=config.inference_batch,
         refine=training_offset(config.quantize_targets),

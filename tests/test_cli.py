@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from scarcenet.cli import main as cli
-from scarcenet.config import PRESETS, Config
+from scarcenet.config import PRESETS, Config, read_config
 from scarcenet.data.coco import coco_json, find_split, read_coco
 from scarcenet.ledger.ledger import open_ledger
 from scarcenet.run import train_run
@@ -268,9 +268,10 @@ def test_ablate(home, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_demo(home, tmp_path, monkeypatch, capsys):
-    changes = dict(milestones=(), supervised_milestones=(), families=(), epochs=1)
-    tiny = read_json(home / "run" / "config.json") | changes
-    monkeypatch.setitem(PRESETS, "demo", Config(**tiny))
+    tiny = dataclasses.replace(
+        read_config(home / "run"), milestones=(), supervised_milestones=(), families=(), epochs=1
+    )
+    monkeypatch.setitem(PRESETS, "demo", tiny)
     demo = ["demo", "--out", tmp_path / "demo", "--seed", 2]
     scarcenet(*demo)
     out = capsys.readouterr().out

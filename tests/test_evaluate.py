@@ -165,7 +165,7 @@ def test_metrics_go_through_json():
     poses = make_poses(10, 5)
     poses.truth.visible[:, 4] = 0  # a keypoint that is never annotated
     metrics = evaluate_poses(poses, *predict(poses))
-    assert metrics["keypoint"]["k4"] == {"PCK": None, "annotated": 0}
+    assert metrics["keypoint"]["k4"] == {"PCK": None, "error_px": None, "annotated": 0}
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
     empty = evaluate_poses(poses.subset([]), np.zeros((0, 5, 2)), np.zeros((0, 5)))
     assert empty["overall"]["PCK"] is None and empty["overall"]["instances"] == 0

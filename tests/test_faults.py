@@ -101,22 +101,58 @@ SPOILED = {
         lambda: edit(lambda d: [c.pop("keypoints") for c in d["categories"]]),
         (TRAIN, "category", "keypoint"),
     ),
+    "no list of the stated length": (
+        lambda: edit(lambda d: [a["keypoints"].extend([1, 2, 2]) for a in d["annotations"]]),
+        (TRAIN, "annotation 10", "51 numbers", "54"),
+    ),
+    "other keypoints": (
+        lambda: edit(lambda d: d["categories"][0].update(keypoints=["nose"])),
+        (TRAIN, "other keypoints", "give all the same list"),
+    ),
+    "path out of the set": (
+        lambda: edit(lambda d: d["images"][0].update(file_name="../../secret.jpg")),
+        (Path("set/data/secret.jpg"), "no such image"),
+    ),
+    "no id fits": (
+        lambda: edit(lambda d: [a.update(image_id=a["image_id"] + 1000) for a in d["annotations"]]),
+        (TRAIN, "nothing is left", "of no image of the file"),
+    ),
+}
+ODD = {  # how it is spoiled, what --strict says, and what `check` counts
     "another K": (
         lambda: edit(lambda d: first_keypoints(d, 2).extend([1, 2, 2])),
         (TRAIN, "annotation 30", "51 finite numbers"),
+        "keypoint lists of another length than 51: 1, first annotation 30",
     ),
-    "zero-area box": (note(1, bbox=[5, 5, 0, 40]), (TRAIN, "annotation 20", "no area")),
+    "zero-area box": (
+        note(1, bbox=[5, 5, 0, 40]),
+        (TRAIN, "annotation 20", "no area"),
+        "annotations with a box of no width or height: 1, first annotation 20; box made of the keypoints",
+    ),
     "NaN keypoint": (
-        lambda: edit(lambda d: first_keypoints(d, 1).__setitem__(3, float("nan"))),
+        lambda: edit(lambda d: first_keypoints(d, 1).__setitem__(slice(3, 6), [float("nan"), 5, 2])),
         (TRAIN, "annotation 20", "keypoints"),
+        "labelled keypoints that are no numbers: 1, first annotation 20, right_eye; not labelled",
     ),
-    "NaN box": (note(1, bbox=[float("nan"), 5, 9, 40]), (TRAIN, "annotation 20", "bbox")),
-    "unknown image": (note(1, image_id=999), (TRAIN, "annotation 20", "image_id 999")),
-    "unknown category": (note(1, category_id=77), (TRAIN, "annotation 20", "category_id 77")),
-    "id twice": (note(1, id=10), (TRAIN, "annotations[1]", "10")),
-    "path out of the set": (
-        lambda: edit(lambda d: d["images"][0].update(file_name="../../secret.jpg")),
-        (TRAIN, "image 1", "secret.jpg"),
+    "NaN box": (
+        note(1, bbox=[float("nan"), 5, 9, 40]),
+        (TRAIN, "annotation 20", "bbox"),
+        "annotations with a box that is no four numbers: 1, first annotation 20; box made of the keypoints",
+    ),
+    "unknown image": (
+        note(1, image_id=999),
+        (TRAIN, "annotation 20", "image_id 999"),
+        "annotations of no image of the file: 1, first annotation 20; skipped",
+    ),
+    "unknown category": (
+        note(1, category_id=77),
+        (TRAIN, "annotation 20", "category_id 77"),
+        "annotations of no category of the file: 1, first annotation 20; skipped",
+    ),
+    "id twice": (
+        note(1, id=10),
+        (TRAIN, "annotations[1]", "10"),
+        "annotations without an id of their own: 1, first annotation 10; numbered",
     ),
 }
 
@@ -130,6 +166,31 @@ def test_spoiled_set(place, capsys, spoil, words):
     refused(capsys, train(), *words)
     refused(capsys, ["pseudo", "run", "--out", "new.json"], *words)
     assert not Path("new.json").exists()
+
+
+@pytest.mark.parametrize("spoil, words, counted", ODD.values(), ids=ODD)
+def test_odd_entry(place, capsys, spoil, words, counted):
+    """`check` counts it; --strict refuses it in both."""
+    spoil()
+    capsys.readouterr()
+    assert cli.main(["check", "set"]) == 0
+    assert counted in capsys.readouterr().out
+    refused(capsys, ["check", "set", "--strict"], *words)
+    refused(capsys, train("--strict"), *words)
+
+
+def test_odd_entries_are_warned_of_once(place, capsys):
+    """All of them in one line, and the training takes the rest."""
+    note(1, bbox=[5, 5, 0, 40])()
+    note(2, area=-1)()
+    note(3, iscrowd="0", bbox=None)()
+    edit(lambda d: first_keypoints(d, 4).extend([1, 2, 2]))
+    capsys.readouterr()
+    assert cli.main(train("--epochs", "0")) == 0
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"scarcenet: [^\n]+\n", err) and f"{TRAIN}: odd entries: " in err, err
+    assert "keypoint lists of another length than 51: 1 (not used" in err and "`scarcenet check" in err
+    assert "areas that are no positive numbers: 1" in err and "annotations without a box: 1" in err
 
 
 def test_a_failed_start_can_be_repeated(place, capsys):
@@ -163,11 +224,19 @@ def test_a_label_list_with_surplus_ids(place, capsys):
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_split_is_absent(place, capsys, split):
-    Path(f"set/annotations/ap10k-{split}-split1.json").unlink()
-    refused(capsys, train(), "set", f"no split '{split}'")
+    """The training takes what there is to evaluate; the train split it cannot do without."""
+    file = Path(f"set/annotations/ap10k-{split}-split1.json")
+    file.unlink()
+    assert cli.main(train("--epochs", "0")) == 0
+    summary = json.loads(Path("new/summary.json").read_text())
+    other = "val" if split == "test" else "test"
+    assert list(summary["networks"]["supervised"]) == [other]
+    refused(capsys, ["eval", "run", "--split", split], "set", f"no split '{split}'")
     refused(capsys, ["eval", "run", "--split", "nosplit"], "set", "no split 'nosplit'")
     refused(capsys, train("--split", "2"), "set", "ap10k-train-split2.json")
     refused(capsys, ["check", "nowhere"], "nowhere")
+    TRAIN.unlink()
+    refused(capsys, train(), "set", "no split 'train'", TRAIN.name)
 
 
 def five(file=Path("five.json"), source=Path("set/annotations/ap10k-test-split1.json")):

@@ -4,14 +4,19 @@ import copy
 import json
 import os
 import pickle
+import sys
+from collections import OrderedDict, defaultdict
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
+from scarcenet.config import Config
+from scarcenet.models.build import build_network
 from scarcenet.models.hrnet import PartHeads, PlainHead, hrnet, hrnet_tiny, mbhrnet, mbhrnet_w32
 from scarcenet.models.timm import lite0_state, timm_net
 from scarcenet.models.weights import (
@@ -272,6 +277,194 @@ def test_metadata_of_a_weights_file(tmp_path):
     safetensors.torch.save_file({"a": torch.zeros(1)}, file, metadata={METADATA: "{"})
     with pytest.raises(ValueError, match=r"m.safetensors: not a readable weights file \(JSONDecodeError\)$"):
         read_model_info(file)
+
+
+# ---- MMPose's checkpoints
+
+
+def mmpose_state(model, head):
+    """A single-headed network's tensors under MMPose's names: `head` is keypoint_head (0.x) or head (1.x)."""
+    return {
+        f"{head if name.startswith('final_layer.') else 'backbone'}.{name}": t
+        for name, t in public_state(model).items()
+    }
+
+
+class HistoryBuffer:
+    """As mmengine.logging.history_buffer's: what a checkpoint keeps of each loss; old ones hold methods, too."""
+
+    def __init__(self):
+        self._log_history, self._count_history = np.arange(3.0), np.ones(3, int)
+        self.max_length, self._statistics_methods = 1_000_000, {"min": HistoryBuffer.min}
+
+    def min(self):
+        return self._log_history.min()
+
+
+def mmpose_checkpoint(state, version):
+    """What MMPose's runner saves: mmcv's (0.x), or mmengine's with its message hub and arrays among the metadata."""
+    if version == "0.x":
+        meta = dict(
+            epoch=210, mmcv_version="1.3.8", config="model = dict()", hook_msgs={"best_score": np.float64(0.72)}
+        )
+        return dict(meta=meta, state_dict=OrderedDict(state), optimizer={"state": {}, "param_groups": [{"lr": 5e-4}]})
+    names = {0: "L_Eye", 1: "R_Eye"}
+    dataset = dict(dataset_name="ap10k", keypoint_id2name=names, sigmas=np.full(17, 0.025, np.float32), CLASSES=None)
+    hub = dict(log_scalars=OrderedDict(loss=HistoryBuffer()), runtime_info=OrderedDict(), resumed_keys=OrderedDict())
+    meta = dict(epoch=210, cfg="", seed=0, mmengine_version="0.8.4", dataset_meta=dataset, best=defaultdict(float))
+    return dict(meta=meta, state_dict=OrderedDict(state), message_hub=hub, param_schedulers=[{"last_step": 3}])
+
+
+@pytest.fixture
+def mmengine(monkeypatch):
+    """While a file is written, `HistoryBuffer` lives in mmengine; it is not there when the file is read."""
+    name = "mmengine.logging.history_buffer"
+    modules = {part: ModuleType(part) for part in ("mmengine", "mmengine.logging", name)}
+    modules[name].HistoryBuffer = HistoryBuffer
+    monkeypatch.setattr(HistoryBuffer, "__module__", name)
+
+    def save(content, file, **options):
+        with monkeypatch.context() as patch:
+            for part, module in modules.items():
+                patch.setitem(sys.modules, part, module)
+            torch.save(content, file, **options)
+
+    return save
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
+@pytest.mark.parametrize(("version", "head"), [("0.x", "keypoint_head"), ("1.x", "head")])
+def test_mmposes_checkpoints(version, head, zipped, tmp_path, mmengine):
+    """As `--weights` and as `--backbone`, whatever lies beside the weights; nothing of it is imported or run."""
+    model, file = randomised(hrnet(17, 8, **SMALL)).eval(), tmp_path / "hrnet_ap10k.pth"
+    saved = mmpose_checkpoint(mmpose_state(model, head), version)
+    mmengine(saved, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(file, weights_only=True)
+    globals_before = set(torch.serialization.get_safe_globals())
+    whole, backbone, mouse = hrnet(17, 8, **SMALL).eval(), toy(17), hrnet(5, 8, **SMALL)
+    report = load_weights(whole, file)
+    assert len(report.loaded) == len(public_state(model)) and not (report.missing or report.unexpected)
+    assert set(torch.serialization.get_safe_globals()) == globals_before and "mmengine" not in sys.modules
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(whole(images), model(images)) and model(images).abs().max() > 1e-3
+    for other in (backbone, mouse):
+        report = load_weights(other, file, need_head=False)
+        assert len(report.loaded) == len(model.backbone.state_dict())
+        assert torch.equal(
+            other.backbone.stage4[0].fuse_layers[0][3][0].weight, model.backbone.stage4[0].fuse_layers[0][3][0].weight
+        )
+    # the head that the paper's network has is another one: the error says what to do
+    refused(toy(17), file, "its backbone fits: give it as backbone .--backbone. instead$")
+    refused(
+        mouse, file, r"final_layer.weight \(17, 8, 1, 1\) for \(5, 8, 1, 1\).*give it as backbone .--backbone. instead$"
+    )
+    for need_head in (True, False):
+        refused(hrnet(17, 12, **SMALL), file, "an HRNet of width 8, and not of width 12", need_head=need_head)
+
+
+def test_what_to_do_with_a_file_that_does_not_fit():
+    """MMPose's HRNet-W32 and W48 fit the single-headed networks of their width."""
+    for width, other in ((32, 48), (48, 32)):
+        own, file = hrnet(2, other), mmpose_state(hrnet(2, width), "head")
+        says = f"it is an HRNet of width {width}, and not of width {other}: choose network hrnet_w{width}$"
+        refused(own, file, says)
+        refused(own, file, says, need_head=False)
+        refused(
+            mbhrnet(2, width), file, f"give it as backbone .--backbone. instead, or choose network hrnet_w{width}, "
+        )
+        load_weights(build_network(Config(network=f"hrnet_w{width}"), 2), file)
+
+
+def test_a_backbone_alone(tmp_path):
+    """MMPose's pretrained backbones: bare names, or with their prefix, and a classifier's head beside them."""
+    model = randomised(hrnet(17, 8, **SMALL))
+    state = {name: t for name, t in public_state(model).items() if not name.startswith("final_layer.")}
+    classifier = {"head.fc.weight": torch.zeros(1000, 8)}
+    for names in (state, {f"backbone.{name}": t for name, t in state.items()} | classifier):
+        torch.save({"state_dict": names}, tmp_path / "pretrained.pth")
+        other = toy(5)
+        report = load_weights(other, tmp_path / "pretrained.pth", need_head=False)
+        assert len(report.loaded) == len(state) and torch.equal(
+            other.backbone.conv1.weight, model.backbone.conv1.weight
+        )
+        refused(toy(5), tmp_path / "pretrained.pth", "its backbone fits: give it as backbone")
+
+
+def test_a_head_with_layers_of_its_own(tmp_path):
+    """MMPose's heads may upsample first; ours do not, so that such a head is never taken for one of ours."""
+    state = mmpose_state(randomised(hrnet(5, 8, **SMALL)), "keypoint_head")
+    torch.save(
+        {"state_dict": state | {"keypoint_head.deconv_layers.0.weight": torch.zeros(8, 8, 4, 4)}}, tmp_path / "m.pth"
+    )
+    refused(hrnet(5, 8, **SMALL), tmp_path / "m.pth", "unexpected .keypoint_head.deconv_layers.0.weight")
+    load_weights(toy(5), tmp_path / "m.pth", need_head=False)
+
+
+def test_the_published_names_of_mmposes_hrnet_w32():
+    """The names that MMPose's modules give, built here from its configuration, are ours with a prefix."""
+    branches = {2: (1, (32, 64)), 3: (4, (32, 64, 128)), 4: (3, (32, 64, 128, 256))}
+
+    def conv(name, inputs, outputs, kernel):
+        return {f"{name[0]}.weight": (outputs, inputs, kernel, kernel)} | {
+            f"{name[1]}.{part}": (outputs,) for part in ("weight", "bias", "running_mean", "running_var")
+        }
+
+    expected = conv(("conv1", "bn1"), 3, 64, 3) | conv(("conv2", "bn2"), 64, 64, 3)
+    for n in range(4):
+        at, inputs = f"layer1.{n}", 256 if n else 64
+        for i, (a, b, kernel) in enumerate(((inputs, 64, 1), (64, 64, 3), (64, 256, 1)), 1):
+            expected |= conv((f"{at}.conv{i}", f"{at}.bn{i}"), a, b, kernel)
+    expected |= conv(("layer1.0.downsample.0", "layer1.0.downsample.1"), 64, 256, 1)
+    expected |= conv(("transition1.0.0", "transition1.0.1"), 256, 32, 3)
+    for stage, (modules, widths) in branches.items():
+        new = f"transition{stage - 1}.{stage - 1}.0"
+        expected |= conv((f"{new}.0", f"{new}.1"), 256 if stage == 2 else widths[-2], widths[-1], 3)
+        for m in range(modules):
+            for b, w in enumerate(widths):
+                for block in range(4):
+                    at = f"stage{stage}.{m}.branches.{b}.{block}"
+                    expected |= conv((f"{at}.conv1", f"{at}.bn1"), w, w, 3) | conv(
+                        (f"{at}.conv2", f"{at}.bn2"), w, w, 3
+                    )
+            for i in range(1 if (stage, m) == (4, 2) else len(widths)):
+                for j, w in enumerate(widths):
+                    at = f"stage{stage}.{m}.fuse_layers.{i}.{j}"
+                    if j > i:
+                        expected |= conv((f"{at}.0", f"{at}.1"), w, widths[i], 1)
+                    for k in range(i - j):
+                        expected |= conv((f"{at}.{k}.0", f"{at}.{k}.1"), w, widths[i] if k == i - j - 1 else w, 3)
+    expected |= {"final_layer.weight": (17, 32, 1, 1), "final_layer.bias": (17,)}
+    own = {name: tuple(t.shape) for name, t in public_state(hrnet(17)).items() if "num_batches" not in name}
+    assert own == expected
+
+
+def test_placeholders_do_nothing(tmp_path, monkeypatch):
+    """Objects of any class, functions that would run: loaded beside the weights, none of them is called."""
+    monkeypatch.chdir(tmp_path)
+    state = public_state(randomised(toy()))
+    for name, thing in {"exec": Runs(exec, "open('ran.txt', 'w')"), "set": frozenset("ab")}.items():
+        for zipped in (True, False):
+            torch.save({"state_dict": state, "meta": thing}, f"{name}.pth", _use_new_zipfile_serialization=zipped)
+            assert len(load_weights(toy(), f"{name}.pth").loaded) == len(state)
+        torch.save({"state_dict": thing}, f"{name}.pth")
+        refused(toy(), f"{name}.pth", "holds no state dict of tensors")
+    # what cannot become a placeholder is refused, and how to strip it is said in the same line
+    for name, thing in {"method": Runs(Path.touch, Path("ran.txt")), "os": Runs(os.system, "touch ran.txt")}.items():
+        torch.save({"state_dict": state, "meta": thing}, f"{name}.pth")
+        refused(toy(), f"{name}.pth", rf"{name}.pth: not .* python -c .*torch.save\(c\['state_dict'\], 'plain.pth'\)")
+    assert not Path("ran.txt").exists()
+
+
+class Runs:
+    """An object whose pickle calls a function."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
 
 
 class Evil:

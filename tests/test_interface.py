@@ -166,13 +166,14 @@ def test_a_run_goes_on(zoo, tmp_path, monkeypatch):
 
 def test_predictor_and_evaluation_are_one_path(run, zoo):
     """From images and boxes the predictor gives what evaluation has scored: the same AP, from the same poses."""
-    data = load_run_data(run.config, run.folder / "zoo")
+    data = load_run_data(run.config, run.folder)
+    test = data.evaluated["test"]
     pose = sn.Predictor(run.folder, device="cpu")
     assert pose.config.precision == "float32"  # the run's own
-    found = sn.Predictor(run.folder)([i.file for i in data.test.instances], [i.box for i in data.test.instances])
+    found = sn.Predictor(run.folder)([i.file for i in test.instances], [i.box for i in test.instances])
     seen = pose.predict_crops(data.crops["test"])
     assert np.array_equal(found.xy, seen.xy) and np.array_equal(found.score, seen.score)
-    scores = evaluate_poses(data.test, found.xy, found.score)["overall"]
+    scores = evaluate_poses(test, found.xy, found.score)["overall"]
     assert scores == run.summary["networks"]["teacher"]["test"]["overall"]
 
 

@@ -221,13 +221,14 @@ def test_a_number_is_an_index_even_if_the_names_are_numbers(run):
 
 def test_faults(run, tmp_path):
     folder, run_data, records = run
+    val = run_data.evaluated["val"]
     ledger = open_ledger(folder)
     with pytest.raises(ValueError, match="other instances"):
-        start_ledger(ledger.folder, run_data.val, torch.zeros(len(run_data.val), dtype=torch.bool))
+        start_ledger(ledger.folder, val, torch.zeros(len(val), dtype=torch.bool))
     with pytest.raises(ValueError, match="epoch 9 is not on record; epochs 1 to 3 are"):
         explain_keypoint(ledger, 0, "nose", 9)
     with pytest.raises(ValueError, match="not the .* instances of"):
-        score_decisions(ledger, run_data.val)
+        score_decisions(ledger, val)
     torn = write_epoch(tmp_path, 1, records[1])
     torn.write_bytes(torn.read_bytes()[:-30])
     with pytest.raises(ValueError, match="epoch-0001.parquet: no Parquet file"):

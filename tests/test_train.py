@@ -20,6 +20,7 @@ from scarcenet.data.augment import strong_geometry
 from scarcenet.data.coco import Labels, find_split, read_coco
 from scarcenet.data.labels import reveal
 from scarcenet.data.loader import TrainingSet, load_crops, make_batch, seeded
+from scarcenet.data.splits import known_labels
 from scarcenet.evaluate import pck
 from scarcenet.mean_teacher import ema_decay
 from scarcenet.models.weights import load_weights
@@ -29,7 +30,7 @@ from scarcenet.record import by_instance
 from scarcenet.relabel import Decision
 from scarcenet.run import train_run as train_run_module
 from scarcenet.run.folder import open_run, read_rows
-from scarcenet.run.load import known_labels, load_run_data
+from scarcenet.run.load import load_run_data
 from scarcenet.run.train_run import train_in_folder
 from scarcenet.train import begin_scarcenet, fit, learn_scarcenet, learning_rate, make_engine
 
@@ -412,7 +413,7 @@ def test_summary(config, finished, run_data):
     assert summary["seed"] == config.seed and "cpu" in summary["device"]
     assert summary["seconds"] > 0 and summary["peak_rss_mb"] > 50
     for name in SCORES:
-        for split, poses in (("val", run_data.val), ("test", run_data.test)):
+        for split, poses in run_data.evaluated.items():
             scores = summary["networks"][name][split]
             overall = scores["overall"]
             assert overall["instances"] == len(poses)
@@ -427,7 +428,7 @@ def test_weights_are_those_that_were_evaluated(config, finished, run_data):
     for name in SCORES:
         model = train_run_module.build_network(config, 17)
         load_weights(model, folder / f"{name}.safetensors")
-        scores = train_run_module.evaluate_network(model, run_data.test, run_data.crops["test"], config)
+        scores = train_run_module.evaluate_network(model, run_data.evaluated["test"], run_data.crops["test"], config)
         assert scores["overall"] == summary["networks"][name]["test"]["overall"], name
 
 

@@ -35,12 +35,12 @@ def explain(
     decisions = zip(history["epoch"], history["decision"], strict=True)
     print("epochs: " + ", ".join(f"{e} {decision.replace('_', ' ')}" for e, decision in decisions))
     if target:
-        from scarcenet.data.loader import read_image
+        from scarcenet.data.loader import instance_image
         from scarcenet.predict.predictor import find_poses
         from scarcenet.run.figures import save_figure
 
         poses = find_poses(ledger.config, run, split="train", unannotated=True)
-        image = read_image(poses.instances[instance].file)
+        image = instance_image(poses.instances[instance])
         truth = poses.truth.xy[instance, k] if poses.truth.visible[instance, k] else None
         save_figure(draw_explained(ledger, image, instance, keypoint=k, epoch=epoch, truth=truth), target)
         print(f"figure: {figure}")

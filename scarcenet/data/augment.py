@@ -55,8 +55,8 @@ def sample_views(crop: Tensor, geometry: Geometry, size: int, rng: Generator) ->
 
 # %% ../../nbs/data/augment.ipynb #strong
 def strong_geometry(config: Config) -> Geometry:
-    """How far a configuration's strong view may differ from its crop."""
-    return Geometry(config.scale_factor, config.rotation_factor)
+    """How far a configuration's strong view may differ from its crop; without `config.mirror` it is never flipped."""
+    return Geometry(config.scale_factor, config.rotation_factor, p_flip=0.5 if config.mirror else 0.0)
 
 # %% ../../nbs/data/augment.ipynb #half
 def half_body(

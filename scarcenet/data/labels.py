@@ -7,6 +7,7 @@ __all__ = ['draw_labelled', 'IdList', 'read_id_list', 'labelled_families', 'reve
            'read_corrected']
 
 # %% ../../nbs/data/labels.ipynb #imports
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .coco import Instance, Labels, PoseSet, Truth, parse_coco
+from .values import describe
 from ..utils.files import read_json
 
 # %% ../../nbs/data/labels.ipynb #draw-labelled
@@ -108,16 +110,22 @@ def _find_animal(animal: Instance, poses: PoseSet, rows: list[int]) -> int | Non
     best = max(rows, key=lambda n: (iou[n], same_id[n]), default=None)
     if best is not None and iou[best] >= 0.5:
         return best
-    return next((n for n in rows if same_id[n]), None)
+    if same := [n for n in rows if same_id[n]]:
+        return same[0]
+    # a box that the tool has lost is now that of the keypoints, inside of the animal's own
+    return best if best is not None and animal.box_source == "keypoints" and iou[best] > 0 else None
 
 
 def read_corrected(file: Path | str, poses: PoseSet, data: object = None) -> Labels:
     """The labels of a COCO keypoint file for the instances of `poses`; those that it does not hold are unlabelled.
 
-    `data`: the file's JSON content, if it has been read. Raises ValueError if the keypoints differ, or, naming the
-    annotation, if it has no instance in `poses`, or the same one as another annotation.
+    `data`: the file's JSON content, if it has been read. Odd entries are read as in `read_coco`, with a warning. Raises
+    ValueError if the keypoints differ, or, naming the annotation, if it has no instance in `poses`, or the same one as
+    another annotation.
     """
     given = parse_coco(Path(file), read_json(file) if data is None else data, images=poses.folder)
+    if given.findings:
+        warnings.warn(f"{file}: odd entries: {describe(given.findings)}", stacklevel=3)
     if given.schema.names != poses.schema.names:
         raise ValueError(f"{file}: its {len(given.schema)} keypoints are not the {len(poses.schema)} of {poses.file}")
     rows_of: dict[Path, list[int]] = {}  # the animals in an image file

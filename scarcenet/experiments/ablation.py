@@ -22,12 +22,13 @@ from ..checkpoint import State, load_checkpoint, save_checkpoint
 from ..config import Config
 from ..data.coco import PoseSet
 from ..data.loader import steps_per_epoch
+from ..data.splits import known_labels
 from ..evaluate import SCORE_COLUMNS, label_quality
 from .baseline import matched_supervised, with_supervised_epochs
 from ..predict.predictor import evaluate_network
 from ..pseudo_labels import join_labels
 from ..run.folder import open_run, read_rows, write_rows
-from ..run.load import RunData, known_labels, load_run_data
+from ..run.load import RunData, load_run_data
 from ..run.train_run import decision_quality
 from ..train import SCARCENET, Epoch, begin_scarcenet, fit
 from ..utils.device import describe, pick_device
@@ -96,7 +97,7 @@ def evaluate_epochs(epochs: Iterable[Epoch], run_data: RunData, config: Config) 
     """
 
     def score(model: nn.Module, split: str) -> dict[str, dict]:
-        return evaluate_network(model, getattr(run_data, split), run_data.crops[split], config)
+        return evaluate_network(model, run_data.evaluated[split], run_data.crops[split], config)
 
     best = float("-inf")
     for epoch in epochs:
@@ -271,9 +272,11 @@ def train_grid(
         early = until_stage_3(replace(base, **methods[cell.method]), base)
         if run_data is None or early != loaded:
             run_data = None  # before the next set is read: the two may not fit into memory together
-            run_data = load_run_data(early, folder / "zoo", progress)
+            run_data = load_run_data(early, folder, progress)
             loaded = early
-        columns = row_columns(run_data.test, config)
+        if missing := {"val", "test"} - run_data.evaluated.keys():
+            raise ValueError(f"{run_data.train.file}: no {min(missing)} split beside it: methods are compared on both")
+        columns = row_columns(run_data.evaluated["test"], config)
         read_grid(file, columns)  # fail before the training, not after it
         lock_of(file).touch()  # from now on, `open_run` gives the folder to no other run
         base = scale_repeats(base, config, run_data.train)

@@ -54,9 +54,9 @@ def run_demo(config: Config, folder: Path, resume: bool = False, progress: bool 
     threads = torch.get_num_threads()
     half = max(1, threads // 2)
     open_run(folder, config, resume)
-    run_data = load_run_data(config, folder / "zoo", progress)
+    run_data = load_run_data(config, folder, progress)
     longer = matched_supervised(config, int(run_data.data.labels.labelled.sum()), len(run_data.train))
-    work = (longer, folder / "baseline", folder / "zoo", resume)
+    work = (longer, folder / "baseline", folder, resume)
     with background_process(half, train_files, *work) as wait_for_baseline:
         torch.set_num_threads(half)
         try:
@@ -79,7 +79,7 @@ def run_demo(config: Config, folder: Path, resume: bool = False, progress: bool 
     return write_summary(folder, summary)
 
 
-def train_files(config: Config, folder: Path, zoo: Path, resume: bool) -> dict:
+def train_files(config: Config, folder: Path, home: Path, resume: bool) -> dict:
     """`train_in_folder`, which reads its data by itself: for a process of its own, to which nothing large is sent."""
     open_run(folder, config, resume and folder.exists())
-    return train_in_folder(config, folder, load_run_data(config, zoo), resume=resume)
+    return train_in_folder(config, folder, load_run_data(config, home), resume=resume)

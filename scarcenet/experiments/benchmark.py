@@ -174,9 +174,9 @@ def passes(benchmark: Bench) -> dict[str, Callable[[], object]]:
 
     return {
         "pseudo-labels": partial(make_pseudo, state.student, data.crops, config, schema=data.schema),
-        "its forwards": forwards(2 * config.views),
+        "its forwards": forwards((1 + config.mirror) * config.views),
         "evaluation": evaluate,
-        "the evaluation's forwards": forwards(2),
+        "the evaluation's forwards": forwards(1 + config.mirror),
     }
 
 

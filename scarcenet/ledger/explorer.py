@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, DTypeLike
 
 from ..data.coco import PoseSet
-from ..data.loader import read_image
+from ..data.loader import instance_image
 from ..evaluate import hits
 from scarcenet.ledger.audit import (
     decision_table,
@@ -60,7 +60,7 @@ def crop_image(poses: PoseSet, row: int, side: int = 320) -> tuple[str, tuple[in
     instance = poses.instances[row]
     x, y, w, h = instance.box
     margin = 0.15 * max(w, h)
-    image = read_image(instance.file)
+    image = instance_image(instance)
     high, wide = image.shape[:2]
     left, right = (int(np.clip(v, 0, wide)) for v in (x - margin, np.ceil(x + w + margin)))
     top, bottom = (int(np.clip(v, 0, high)) for v in (y - margin, np.ceil(y + h + margin)))

@@ -7,6 +7,7 @@ __all__ = ['NETWORKS', 'build_network', 'describe_network']
 
 # %% ../../nbs/models/build.ipynb #imports
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from ..schema import KeypointSchema
 NETWORKS: dict[str, Callable[[int], PoseNet]] = {
     "mbhrnet_w32": mbhrnet_w32,
     "hrnet_w32": hrnet,
+    "hrnet_w48": partial(hrnet, width=48),
     "hrnet_tiny": hrnet_tiny,
 }
 
@@ -53,5 +55,6 @@ def describe_network(config: Config, schema: KeypointSchema) -> ModelInfo:
         network=config.network,
         size=config.size,
         quantize_targets=config.quantize_targets,
+        mirror=config.mirror,
         version=scarcenet.__version__,
     )

@@ -7,11 +7,15 @@ __all__ = ['METADATA', 'public_state', 'write_tensors', 'ModelInfo', 'save_weigh
            'read_state', 'LoadReport', 'in_head', 'load_weights']
 
 # %% ../../nbs/models/weights.ipynb #weights-imports
+import _compat_pickle  # Python's own table of what its modules were called before version 3
 import json
-from collections.abc import Mapping
+import pickletools
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import IO, Any, TypeGuard
 
 import safetensors.torch
 import torch
@@ -63,6 +67,7 @@ class ModelInfo:
     network: str  # as `Config.network`
     size: int  # side of a view, px
     quantize_targets: bool = False  # decides how heatmaps are decoded
+    mirror: bool = True  # whether the flip test belongs to that: False for a network that has seen no mirror image
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of the input's channels RGB, for grey values 0 ... 1
     std: tuple[float, float, float] = IMAGENET_STD
     version: str = ""  # of this library
@@ -74,7 +79,10 @@ def save_weights(model: nn.Module, file: Path | str, info: ModelInfo | None = No
     state = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in public_state(model).items()
     }
-    write_tensors(file, state, asdict(info) if info else {})
+    metadata = asdict(info) if info else {}
+    if metadata.get("mirror"):
+        del metadata["mirror"]  # versions before the switch refuse a field that they do not know
+    write_tensors(file, state, metadata)
 
 # %% ../../nbs/models/weights.ipynb #read-info
 def read_metadata(file: Path | str) -> dict[str, Any]:
@@ -104,8 +112,10 @@ def read_model_info(file: Path | str) -> ModelInfo | None:
         fields = {name: _as_tuples(value) for name, value in metadata.items() if name != "schema"}
         schema = KeypointSchema(**{name: _as_tuples(value) for name, value in metadata["schema"].items()})
         info = ModelInfo(schema=schema, **fields)
-        if not (isinstance(info.network, str) and type(info.size) is int and type(info.quantize_targets) is bool):
+        if not (isinstance(info.network, str) and type(info.size) is int):
             raise ValueError(f"expected a network's name and a size in px, got {info.network!r} and {info.size!r}")
+        if wrong := {type(info.quantize_targets), type(info.mirror)} - {bool}:
+            raise ValueError(f"quantize_targets and mirror: expected true or false, got {wrong.pop().__name__}")
         if (info.mean, info.std) != (IMAGENET_MEAN, IMAGENET_STD):
             raise ValueError(f"expected ImageNet's normalisation of the input, got {info.mean} and {info.std}")
         return info
@@ -119,30 +129,51 @@ def _as_tuples(value: Any) -> Any:
 
 # %% ../../nbs/models/weights.ipynb #read-state
 def read_state(source: Path | str | Mapping) -> dict[str, Tensor]:
-    """The tensors of a safetensors or torch file, or of a mapping; a `state_dict` wrapper and `module.` are dropped.
+    """The tensors of a safetensors or torch file, or of a mapping, under HRNet's public names.
 
-    Nothing in a file is executed. Raises FileNotFoundError, and ValueError for a file that is not plain weights.
+    A `state_dict` wrapper and `module.` are dropped, and MMPose's names translated. Nothing in a file is executed.
+    Raises FileNotFoundError, and ValueError for a file that is not plain weights.
     """
     where = "weights" if isinstance(source, Mapping) else str(Path(source))
     content = source if isinstance(source, Mapping) else _load_file(Path(source))
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not _is_state(state):
         raise ValueError(f"{where}: holds no state dict of tensors")
-    return {name.removeprefix("module."): t for name, t in state.items()}
+    return _from_mmpose({name.removeprefix("module."): t for name, t in state.items()})
+
+
+def _from_mmpose(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the names of MMPose (`backbone.`, `keypoint_head.` or `head.`) under the public ones.
+
+    Other state dicts are returned as they are. What else a head of MMPose holds keeps its name, and fits nowhere.
+    """
+    if not any(name.startswith("backbone.") for name in state):
+        return state
+    heads = ("keypoint_head.", "head.")
+    public = {}
+    for name, t in state.items():
+        head = next((h for h in heads if name.startswith(f"{h}final_layer.")), "")
+        public[name.removeprefix(head or "backbone.")] = t
+    return public
 
 
 def _load_file(file: Path) -> Any:
-    """The content of a weights file, which may be anything that consists of tensors, numbers and plain containers."""
+    """The content of a weights file: tensors, numbers and plain containers; a `_Placeholder` for anything else."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such weights file")
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with ExitStack() as stack:
+            if placeholders := _placeholders(file):
+                stack.enter_context(torch.serialization.safe_globals(placeholders))
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and unsafe files fail in many ways, and all of them are refused
+        load = f"import torch; c = torch.load('{file}', weights_only=False)"
+        strip = f"{load}; torch.save(c['state_dict'], 'plain.pth')"
         raise ValueError(
-            f"{file}: not a readable file of plain weights ({type(error).__name__}); "
-            "pickles that hold other Python objects are refused"
+            f"{file}: not a readable file of plain weights ({type(error).__name__}); pickles that run other code are "
+            f'refused: if you trust it, strip it with the program that wrote it: python -c "{strip}"'
         ) from None
 
 
@@ -151,6 +182,50 @@ def _is_state(state: Any) -> TypeGuard[Mapping[str, Tensor]]:
     if not isinstance(state, Mapping) or not state:
         return False
     return all(isinstance(name, str) and isinstance(t, Tensor) for name, t in state.items())
+
+# %% ../../nbs/models/weights.ipynb #placeholder
+class _Placeholder:
+    """What an object becomes that is neither tensor nor plain container: it takes everything and does nothing."""
+
+    def __new__(cls, *args: object) -> "_Placeholder":
+        """Ignore what the object would be made from."""
+        return super().__new__(cls)
+
+    def __init__(self, *args: object) -> None:
+        """As `__new__`, where the pickle calls the class like a function."""
+
+    def __setstate__(self, state: object) -> None:
+        """Ignore what the object would hold."""
+
+
+def _placeholders(file: Path) -> list[Any]:
+    """A `_Placeholder` under the name of each class and function in a torch file; nothing is imported.
+
+    PyTorch's safe mode uses those only that it does not know itself, and none of the modules that it blocks.
+    """
+    return [
+        type(name, (_Placeholder,), {"__module__": module, "__qualname__": name})
+        for module, name in sorted(set(_names_in(file)))
+    ]
+
+
+def _names_in(file: Path) -> Iterator[tuple[str, str]]:
+    """(module, name) of each class and function that the pickles of a torch file name, as Python 2 and 3 call them."""
+    with ExitStack() as stack:
+        opened: IO[bytes] = stack.enter_context(open(file, "rb"))
+        count = 4  # old files: a magic number, a version, a system, and then the content
+        if zipfile.is_zipfile(file):
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            member = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            opened, count = stack.enter_context(archive.open(member)), 1
+        for _ in range(count):
+            for operation, argument, _ in pickletools.genops(opened):
+                if operation.name == "GLOBAL":
+                    module, name = str(argument).split(" ", 1)
+                    yield module, name
+                    yield _compat_pickle.NAME_MAPPING.get(
+                        (module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
+                    )
 
 # %% ../../nbs/models/weights.ipynb #load-report
 @dataclass(frozen=True)
@@ -182,7 +257,7 @@ def in_head(name: str) -> bool:
 
 # %% ../../nbs/models/weights.ipynb #load-weights
 def load_weights(model: nn.Module, source: Path | str | Mapping, need_head: bool = True) -> LoadReport:
-    """Copy weights with public names into the model, from anything that `read_state` reads.
+    """Copy weights with public names into the model, from anything that `read_state` reads; MMPose's, too.
 
     Each tensor must find its counterpart; otherwise ValueError names those that do not, and the model stays as it was.
     To start a training, `need_head=False` asks for a whole backbone only: the head is loaded if all of it fits, and
@@ -208,10 +283,27 @@ def load_weights(model: nn.Module, source: Path | str | Mapping, need_head: bool
         unfit = [name for name in unfit if name in own and not in_head(name)]
     if unfit:
         where = "weights" if isinstance(source, Mapping) else source
-        raise ValueError(f"{where}: made for another network: {LoadReport((), absent, unexpected, mismatched)}")
+        report = LoadReport((), absent, unexpected, mismatched)
+        raise ValueError(f"{where}: made for another network: {report}{_advice(report, state, own)}")
     with torch.no_grad():
         for name in fitting:
             own[name].copy_(state[name])
     reported = {*fitting, *(name for name, *_ in mismatched)}
     missing = tuple(name for name in own if name not in reported and not name.endswith(counter))
     return LoadReport(tuple(fitting), missing, unexpected, mismatched)
+
+
+def _advice(report: LoadReport, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """What to do with a state dict that does not fit: nothing, or a clause that begins with a semicolon."""
+    first = "transition1.0.0.weight"  # (width, ...) in an HRNet
+    width, own_width = (part[first].shape[0] if first in part else 0 for part in (state, own))
+    network = f"hrnet_w{width}" if width in (32, 48) and "final_layer.weight" in state else ""
+    unfit = [*report.missing, *(name for name, *_ in report.mismatched)]
+    if all(in_head(name) for name in unfit):
+        whole = "part_layers.0.0.weight" in own and network
+        other = f", or choose network {network}, whose head it has" if whole else ""
+        return f"; its backbone fits: give it as backbone (--backbone) instead{other}"
+    if width and own_width and width != own_width:
+        fits = f": choose network {network}" if network else ""
+        return f"; it is an HRNet of width {width}, and not of width {own_width}{fits}"
+    return ""

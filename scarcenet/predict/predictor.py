@@ -20,9 +20,12 @@ from PIL import Image
 from torch import nn
 
 from ..config import PRESETS, Config, read_config
+from ..data.boxes import alone, look_wider
 from ..data.coco import PoseSet, find_split, plain_name, read_coco
+from ..data.importing import needs_import
 from ..data.labels import with_unannotated
 from ..data.loader import CropCache, crop_images, read_image
+from ..data.splits import read_splits
 from ..evaluate import evaluate_poses
 from ..heatmap import Keypoints, evaluation_offset
 from ..models.build import build_network
@@ -174,12 +177,13 @@ def predict(
 ) -> Keypoints:
     """The model's poses, as they are evaluated: (N, K, 2) image px and scores, flip test, sub-pixel decoding.
 
-    `shared`: of several processes, all of which must call it with the same crops, each predicts a part.
+    Without `config.mirror` each crop is seen once, and not flipped. `shared`: of several processes, all of which must
+    call it with the same crops, each predicts a part.
     """
     return predict_multiview(
         prepare_model(model, config.precision, config.compile),
         crops,
-        lambda crop: flip_views(crop, crops.size),
+        lambda crop: flip_views(crop, crops.size) if config.mirror else crop[None],
         schema=schema,
         batch=config.inference_batch,
         refine=evaluation_offset(config.quantize_targets),
@@ -234,7 +238,8 @@ def find_config(run: str | os.PathLike, config: str = "") -> Config:
 def info_config(info: ModelInfo, config: Config, file: Path) -> Config:
     """`config` with what the metadata of the weights file `file` say: network, size of the views, way of decoding."""
     try:
-        return replace(config, network=info.network, size=info.size, quantize_targets=info.quantize_targets)
+        config = replace(config, quantize_targets=info.quantize_targets, mirror=info.mirror)
+        return replace(config, network=info.network, size=info.size)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -253,19 +258,37 @@ def find_poses(
     `images`: the images' folder, where `read_coco` does not find it. `unannotated`: also those that have a box and no
     keypoints. ValueError if there are no instances, FileNotFoundError if there is no set.
     """
-    if not data and config.data == "zoo":  # the run's own copy; a baseline's lies one folder up
-        folder = run if run.is_dir() else run.parent
-        copies = [place / "zoo" for place in (folder, folder.parent) if (place / "zoo").is_dir()]
-        if not copies:
-            raise FileNotFoundError(f"{run}: no set beside it; name one (--data)")
-        data = copies[0]
-    data = Path(data or config.data)
-    file, near = (data, None) if data.is_file() else find_split(data, split, config.split)
-    poses = read_coco(file, images or near)
-    poses = with_unannotated(poses) if unannotated else poses
+    if data is None:
+        poses = _own_poses(config, run, split, unannotated)
+    else:
+        file, near = (data, None) if data.is_file() else find_split(data, split, config.split)
+        upright = config.exif == "upright"
+        poses = read_coco(file, images or near, strict=config.strict, upright=upright, flip_pairs=config.flip_pairs)
+        if config.boxes == "image":  # as the network was trained
+            poses = look_wider(poses, alone(poses))
+        poses = with_unannotated(poses) if unannotated else poses
     if not len(poses):
         raise ValueError(f"{poses.file}: no instance {'' if unannotated else 'with keypoints '}in it")
     return poses
+
+
+def _own_poses(config: Config, run: Path, split: str, unannotated: bool) -> PoseSet:
+    """A split of the set that `run` was trained on, as `read_splits` gave it to the training."""
+    folder = run if run.is_dir() else run.parent
+    if config.data == "zoo" or needs_import(config.data) or not Path(config.data).exists():
+        # what a run has written itself; a baseline's lies one folder up
+        name = "zoo" if config.data == "zoo" else "data"
+        homes = [home for home in (folder, folder.parent) if (home / name / "annotations").is_dir()]
+        if not homes:
+            raise FileNotFoundError(f"{run}: its set {config.data} is not there; name one (--data)")
+        folder = homes[0]
+    train, _, evaluated = read_splits(config, folder)
+    if split == "train":
+        return train if unannotated else train.subset(np.any(train.truth.visible, axis=1))
+    if split not in evaluated:
+        there = ", ".join(("train", *evaluated))
+        raise ValueError(f"{train.file}: no split {split!r} was evaluated; there are {there} (--split), or --data")
+    return evaluated[split]
 
 
 def match_keypoints(model: KeypointSchema, poses: KeypointSchema, where: str) -> list[int]:

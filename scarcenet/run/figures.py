@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from ..data.coco import PoseSet
-from ..data.loader import read_image
+from ..data.loader import instance_image
 from ..evaluate import oks
 from ..relabel import DECISION_COLOURS, Decision
 from ..schema import draw_pose
@@ -37,28 +37,34 @@ def _values(rows: Sequence[dict], name: str) -> np.ndarray:
 def curves(rows: Sequence[dict]) -> Figure:
     """The loss of both stages, and AP on the val split where it was measured, over the epochs of metrics.csv."""
     stages = [s for s in STAGES if any(r["stage"] == s for r in rows)]
-    figure = Figure(figsize=(8, 4.4), dpi=90, layout="constrained")
-    axes = figure.subplots(2, len(stages), squeeze=False, sharex="col")
-    for (top, bottom), stage in zip(axes.T, stages, strict=True):
+    networks = {"student": "#0072B2", "teacher": "#D55E00"}
+    evaluated = any(np.isfinite(_values(rows, f"{name}_AP")).any() for name in networks)
+    lines = 2 if evaluated else 1
+    figure = Figure(figsize=(8, 2.2 * lines), dpi=90, layout="constrained")
+    axes = figure.subplots(lines, len(stages), squeeze=False, sharex="col")
+    for column, stage in zip(axes.T, stages, strict=True):
+        top, bottom = column[0], column[-1]
         part = [r for r in rows if r["stage"] == stage]
         epoch = _values(part, "epoch")
         for name, colour in (("supervised", "#333333"), ("consistency", DECISION_COLOURS[Decision.TEACHER_ONLY])):
             loss = _values(part, name)
             if np.nanmax(loss) > 0:
                 top.plot(epoch, 1e3 * loss, color=colour, label=f"{name} loss")
-        for name, colour in (("student", "#0072B2"), ("teacher", "#D55E00")):
+        for name, colour in networks.items():
             score = _values(part, f"{name}_AP")
             measured = np.isfinite(score)
             if measured.any():
                 bottom.plot(epoch[measured], score[measured], "o-", ms=3, color=colour, label=name)
-        top.set(title=STAGES[stage], ylim=(0, None))
-        bottom.set(xlabel="epoch", ylim=(0, None))
-        for ax in (top, bottom):
+        top.set(title=STAGES[stage])
+        bottom.set(xlabel="epoch")
+        for ax in column:
+            ax.set_ylim(0, None)
             ax.spines[["top", "right"]].set_visible(False)
             if ax.get_legend_handles_labels()[0]:
                 ax.legend(frameon=False, fontsize=8)
     axes[0, 0].set_ylabel("loss, ×1000")
-    axes[1, 0].set_ylabel("AP on val")
+    if evaluated:
+        axes[1, 0].set_ylabel("AP on val")
     return figure
 
 # %% ../../nbs/run/figures.ipynb #decisions
@@ -67,22 +73,27 @@ KINDS = (Decision.TRUTH, Decision.RELIABLE, Decision.REUSABLE, Decision.TEACHER_
 
 
 def decisions(rows: Sequence[dict]) -> Figure:
-    """Stage 3 by its epochs: the share of keypoints with each decision, and how many of their targets were right."""
+    """Stage 3 by its epochs: the share of keypoints with each decision, and how many of their targets were right.
+
+    The latter only where unlabelled images have a truth that was held back.
+    """
     rows = [r for r in rows if r["stage"] == "scarcenet"]
     epoch = _values(rows, "epoch")
     counts = {d: _values(rows, f"{d.name.lower()}_count") for d in KINDS}
+    judged = any(np.isfinite(_values(rows, f"{d.name.lower()}_precision")).any() for d in KINDS if d != Decision.TRUTH)
     figure = Figure(figsize=(8, 3), dpi=90, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, *others = figure.subplots(1, 2 if judged else 1, squeeze=False)[0]
     present = [d for d in KINDS if counts[d].any()]
     colours, names = [DECISION_COLOURS[d] for d in present], [d.name.lower().replace("_", " ") for d in present]
     shares = np.array([counts[d] for d in present]) / sum(counts.values())
     left.stackplot(epoch, shares, colors=colours, labels=names, lw=0)
-    for d, colour in zip(present, colours, strict=True):
-        if d != Decision.TRUTH:
-            right.plot(epoch, _values(rows, f"{d.name.lower()}_precision"), color=colour)
-    for ax, label in ((left, "share of keypoints"), (right, "targets within 0.1 of the box")):
+    for ax in others:
+        for d, colour in zip(present, colours, strict=True):
+            if d != Decision.TRUTH:
+                ax.plot(epoch, _values(rows, f"{d.name.lower()}_precision"), color=colour)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax, label in zip((left, *others), ("share of keypoints", "targets within 0.1 of the box"), strict=False):
         ax.set(xlabel="epoch", ylabel=label, ylim=(0, 1), xlim=(1, max(2, len(rows))))
-    right.spines[["top", "right"]].set_visible(False)
     handles, names = left.get_legend_handles_labels()
     figure.legend(handles[::-1], names[::-1], loc="outside right center", frameon=False, fontsize=8)
     return figure
@@ -100,7 +111,7 @@ def _panels(
     for ax, n in zip(axes[: len(rows)], rows, strict=True):
         x, y, w, h = poses.instances[n].box
         side, middle_x, middle_y = 0.6 * max(w, h), x + w / 2, y + h / 2
-        ax.imshow(read_image(poses.instances[n].file))
+        ax.imshow(instance_image(poses.instances[n]))
         ax.set(xlim=(middle_x - side, middle_x + side), ylim=(middle_y + side, middle_y - side))
     return figure, zip(rows, axes[: len(rows)], strict=True)
 
