@@ -20,7 +20,7 @@ from scarcenet.models.build import build_network
 from scarcenet.predict.boxes import detector_boxes, load_detector, pose_boxes
 from scarcenet.predict.predictor import find_poses
 from scarcenet.run.load import load_run_data, warn_of_set
-from scarcenet.run.settings import fitted_fields, passes
+from scarcenet.run.settings import fit_settings, fitted_fields, passes
 from scarcenet.utils.files import read_json, write_json
 
 QUICK = dict(
@@ -373,6 +373,12 @@ def test_settings_for_every_size(labelled, unlabelled, gpu):
     assert config.epochs == 0 if not unlabelled else config.epochs >= 8
 
 
+def test_given_epochs_decide_what_depends_on_them(project, tmp_path):
+    config = replace(PRESETS["mine"], data=str(project), epochs=20, boxes="image", device="cpu", size=32)
+    fitted = fit_settings(replace(config, network="hrnet_tiny", backbone=""), tmp_path)
+    assert (fitted.epochs, fitted.keep_epochs, fitted.rampup_epochs, fitted.evaluate_every) == (20, 12, 8, 5)
+
+
 # ---- whole runs
 
 
@@ -397,7 +403,9 @@ def test_mine_holds_out_and_says_so(project, tmp_path, capsys):
     assert config["fit_to_data"] and config["boxes"] in ("pose", "image") and config["epochs"] == 2
     assert scarcenet("eval", run, "--split", "val", "--device", "cpu") == 0
     assert f"{overall['AP']:.3f}" in capsys.readouterr().out
-    assert scarcenet("eval", run, "--device", "cpu") == 1
+    assert scarcenet("eval", run, "--device", "cpu") == 0
+    assert f"{overall['AP']:.3f}" in capsys.readouterr().out
+    assert scarcenet("eval", run, "--split", "test", "--device", "cpu") == 1
     assert "no split 'test' was evaluated; there are train, val" in capsys.readouterr().err
     assert scarcenet("pseudo", run, "--out", tmp_path / "pseudo.json", "--device", "cpu") == 0
     assert scarcenet("report", run, "--out", tmp_path / "report.html") == 0

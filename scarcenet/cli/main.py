@@ -86,7 +86,7 @@ def evaluate(
     config: str = "",
     data: Path | None = None,
     images: Path | None = None,
-    split: str = "test",
+    split: str = "",
     device: str = "auto",
     json: Path | None = None,
 ) -> None:
@@ -98,7 +98,7 @@ def evaluate(
         data: another set with the same keypoints: its folder, or one annotation file; without it, the set of the
             training
         images: folder of the images, if it is neither beside the annotation file nor one folder up
-        split: split to evaluate, if `data` is a folder
+        split: split to evaluate; empty: test, or val where a run has no test split
         device: cpu, cuda, cuda:1, mps; auto takes cuda if it is there, else cpu
         json: new file for all numbers
     """

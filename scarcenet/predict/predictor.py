@@ -249,19 +249,20 @@ def find_poses(
     run: Path,
     *,
     data: Path | None = None,
-    split: str = "test",
+    split: str = "",
     images: Path | None = None,
     unannotated: bool = False,
 ) -> PoseSet:
     """The instances of `data` (a set's folder, or an annotation file), or else of the set that `run` was trained on.
 
-    `images`: the images' folder, where `read_coco` does not find it. `unannotated`: also those that have a box and no
+    `split`: empty for test, or val where a run has no test split. `images`: the images' folder, where
+    `read_coco` does not find it. `unannotated`: also those that have a box and no
     keypoints. ValueError if there are no instances, FileNotFoundError if there is no set.
     """
     if data is None:
         poses = _own_poses(config, run, split, unannotated)
     else:
-        file, near = (data, None) if data.is_file() else find_split(data, split, config.split)
+        file, near = (data, None) if data.is_file() else find_split(data, split or "test", config.split)
         upright = config.exif == "upright"
         poses = read_coco(file, images or near, strict=config.strict, upright=upright, flip_pairs=config.flip_pairs)
         if config.boxes == "image":  # as the network was trained
@@ -285,6 +286,7 @@ def _own_poses(config: Config, run: Path, split: str, unannotated: bool) -> Pose
     train, _, evaluated = read_splits(config, folder)
     if split == "train":
         return train if unannotated else train.subset(np.any(train.truth.visible, axis=1))
+    split = split or ("val" if "val" in evaluated and "test" not in evaluated else "test")
     if split not in evaluated:
         there = ", ".join(("train", *evaluated))
         raise ValueError(f"{train.file}: no split {split!r} was evaluated; there are {there} (--split), or --data")
