@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # what `_HOME` says, for editors and type checkers
         ema_update as ema_update,
         sigmoid_rampup as sigmoid_rampup,
     )
-    from .predict.predictor import Poses as Poses, Predictor as Predictor
+    from .predict.poses import Poses as Poses
+    from .predict.predictor import Predictor as Predictor
+    from .predict.stream import Predictions as Predictions
     from .relabel import (
         Decision as Decision,
         agreement_distance as agreement_distance,
@@ -44,7 +46,8 @@ _HOME = {
     "train_run": "run.train_run",
     "Run": "run.train_run",
     "Predictor": "predict.predictor",
-    "Poses": "predict.predictor",
+    "Predictions": "predict.stream",
+    "Poses": "predict.poses",
     "open_ledger": "ledger.ledger",
     "Ledger": "ledger.ledger",
     "explore": "ledger.explorer",

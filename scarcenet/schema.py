@@ -6,6 +6,7 @@
 __all__ = ['DEFAULT_SIGMA', 'AP10K', 'LEFT', 'RIGHT', 'MIDDLE', 'KeypointSchema', 'side_colours', 'draw_pose']
 
 # %% ../nbs/core/schema.ipynb #imports
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -98,7 +99,14 @@ LEFT, RIGHT, MIDDLE = "#E69F00", "#0072B2", "#6E6E6E"  # Okabe-Ito: told apart b
 
 
 def side_colours(schema: KeypointSchema) -> list[str]:
-    """One colour a keypoint: the first of each flip pair is the left one, the second the right one."""
+    """One colour a keypoint: the first of each flip pair is the left one, the second the right one.
+
+    Without flip pairs each keypoint has a colour of its own.
+    """
+    if not schema.flip_pairs:
+        # hues a golden section apart: neighbours differ, however many there are
+        hues = [(0.08 + k * 0.618034) % 1 for k in range(len(schema))]
+        return ["#" + "".join(f"{round(255 * v):02x}" for v in hsv_to_rgb(h, 0.75, 0.85)) for h in hues]
     colours = [MIDDLE] * len(schema)
     for left, right in schema.flip_pairs:
         colours[left], colours[right] = LEFT, RIGHT

@@ -115,6 +115,7 @@ def bench(
     compile: Literal["", "default", "reduce-overhead", "max-autotune"] = "",
     device: str = "auto",
     seconds: float = 90,
+    video: Path | None = None,
     json: Path | None = None,
 ) -> None:
     """Measure how many images a second this machine trains on, and what share of the time is the network's own.
@@ -128,10 +129,11 @@ def bench(
         compile: torch.compile's mode: default, reduce-overhead, max-autotune; empty: not compiled
         device: cpu, cuda, cuda:1, mps; auto takes cuda if it is there, else cpu
         seconds: to measure for, about; making images and the first rounds come on top
+        video: measure the poses of this video instead: decode, network, draw, encode, and all of them together
         json: new file for all numbers
     """
     from scarcenet.evaluate import format_table
-    from scarcenet.experiments.benchmark import benchmark
+    from scarcenet.experiments.benchmark import benchmark, benchmark_prediction
 
     out = new_file(json) if json else None
     config = replace(
@@ -145,6 +147,17 @@ def bench(
         compile=compile,
         device=device,
     )
+    if video:
+        found = benchmark_prediction(config, video, seconds)
+        table = {
+            name: {"ms a frame": f"{ms:.2f}", "frames/s": f"{1000 / ms:.0f}"} for name, ms in found["rows"].items()
+        }
+        print(format_table(table, ("ms a frame", "frames/s"), f"{network}, {size} px, {video.name}"))
+        share = f"the bare network's time is {found['share']:.0%} of all of it, without drawing"
+        print(f"\n{found['device']}; {share}; {found['codec']}; {found['peak_memory_mb']} MiB")
+        if out:
+            write_json(out, found)
+        return
     found = benchmark(config, seconds)
     efficiency = found["efficiency"]
     rows = {

@@ -23,7 +23,7 @@ from ..data.coco import Instance
 from ..data.loader import instance_image, load_crops
 from ..data.values import keypoint_box
 from ..heatmap import Keypoints
-from .predictor import predict
+from .network import predict
 from ..schema import KeypointSchema
 from ..utils.device import pick_device
 
