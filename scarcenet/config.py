@@ -56,8 +56,8 @@ class Config:
     0: nothing is evaluated then"""
     boxes: str = ""
     """where the box of an image without annotation comes from: image (the whole image), pose (stage 1 looks at the
-    whole image, then at its keypoints' hull), detector, or a COCO file of annotations or results; empty: such images
-    are not used"""
+    whole image, then at its keypoints' hull), detector, or a COCO file of annotations or results; set: only the set's
+    own boxes, such images are not used; empty: the same, but preset mine chooses"""
     detector: str = "fasterrcnn_resnet50_fpn_v2"
     """torchvision's detector for boxes detector, with its COCO weights"""
     detector_classes: tuple[str, ...] = ()

@@ -16,11 +16,12 @@ from PIL import Image
 
 from scarcenet.data.deeplabcut import read_deeplabcut
 from scarcenet.data.exif import image_size
-from scarcenet.data.formats import join_sources, read_labels
+from scarcenet.data.formats import read_labels
 from scarcenet.data.hdf5 import plain_pickle, read_stored_table
-from scarcenet.data.label_source import LONGEST_YAML, LabelSource, find_below, read_yaml
+from scarcenet.data.joining import join_sources
+from scarcenet.data.label_source import LONGEST_YAML, Animal, LabelSource, SourceImage, find_below, read_yaml
 from scarcenet.data.label_studio import task_path
-from scarcenet.data.layout import name_parts
+from scarcenet.data.layout import annotation_files, find_splits, name_parts
 from scarcenet.data.loader import read_image
 from scarcenet.data.values import Findings
 from scarcenet.schema import AP10K
@@ -1368,8 +1369,8 @@ def test_join(pictures, tmp_path):
     assert join_sources([one]) is one
     back = join_sources([two, one])
     assert back.names == NAMES[::-1] and {(NAMES[::-1][a], NAMES[::-1][b]) for a, b in back.skeleton} == set(BONES)
-    twice = join_sources([one, one])
-    assert len({i.name for i in twice.images}) == 8
+    three = join_sources([one, two, read_labels(write_project(tmp_path / "cyd" / "zoo", first_only(pictures[8:12])))])
+    assert len({i.name for i in three.images}) == 12 and three.findings == ()
 
 
 def test_join_of_other_names(pictures, tmp_path):
@@ -1380,12 +1381,270 @@ def test_join_of_other_names(pictures, tmp_path):
 
 
 def test_join_of_other_pairs(zoo):
-    source = read_labels(zoo / "annotations" / "ap10k-val-split1.json")
-    other = replace(source, flip_pairs=((0, 1),))
-    both = join_sources([replace(source, flip_pairs=None), other, source])
+    source, other, third = (
+        read_labels(zoo / "annotations" / f"ap10k-{s}-split1.json") for s in ("val", "test", "train")
+    )
+    both = join_sources([replace(source, flip_pairs=None), replace(other, flip_pairs=((0, 1),)), third])
     assert both.flip_pairs == ((0, 1),) and kinds(both)["sources that state other left/right pairs"] == 1
-    turned = join_sources([source, replace(source, flip_pairs=tuple((b, a) for a, b in source.flip_pairs))])
-    assert turned.findings == source.findings * 2
+    turned = join_sources([source, replace(other, flip_pairs=tuple((b, a) for a, b in other.flip_pairs))])
+    assert turned.findings == source.findings + other.findings
+
+
+ALIKE, DIFFERENT = "animals that two sources label alike", "animals that two sources label differently"
+TWICE = "images that two sources have"
+
+
+def test_labels_given_twice_are_joined_once(zoo, pictures, tmp_path):
+    """A project and its own table, a json and its copy, a source by two paths: each image and each animal is one."""
+    some = first_only(pictures[:6])
+    project = write_project(tmp_path / "zoo", some)
+    whole = read_labels(project)
+    table = read_labels(project / "labeled-data" / "dogs" / "CollectedData_Ann.csv")
+    for pair in ([whole, table], [table, whole]):
+        both = join_sources(pair)
+        assert len(both.images) == len(both.animals) == 6 and kinds(both) == {TWICE: 3, ALIKE: 3}
+        assert {i.group for i in both.images} == {"cats", "dogs"}  # the frames of one video stay together
+        assert {i.name for i in both.images} == {i.name for i in whole.images}
+    (tmp_path / "link").symlink_to(project)
+    assert len(join_sources([whole, read_labels(tmp_path / "link")]).animals) == 6
+    file = zoo / "annotations" / "ap10k-train-split1.json"
+    copy = tmp_path / "copy" / "annotations" / "train.json"
+    copy.parent.mkdir(parents=True)
+    shutil.copy(file, copy)
+    (tmp_path / "copy" / "data").symlink_to(zoo / "data")
+    one = read_labels(file)
+    both = join_sources([one, read_labels(copy)])
+    assert [i.name for i in both.images] == [i.name for i in one.images]
+    assert all(np.array_equal(a.xy, b.xy) and a.box == b.box for a, b in zip(both.animals, one.animals, strict=True))
+    assert kinds(both) == {TWICE: len(one.images), ALIKE: len(one.animals)}
+
+
+def test_two_people_label_one_image(pictures, tmp_path):
+    """What differs is said; the animal with more keypoints is kept; animals that only one has are added."""
+    project = write_project(tmp_path / "zoo", first_only(pictures[:4]))
+    ann = read_labels(project)
+    moved = [a._replace(xy=a.xy + 3 * (a.visible[:, None] > 0)) for a in ann.animals]
+    fewer = moved[1].visible.copy()
+    fewer[np.flatnonzero(fewer)[0]] = 0
+    moved[1] = moved[1]._replace(visible=fewer)
+    moved[2] = ann.animals[2]._replace(xy=ann.animals[2].xy + 500)
+    bob = replace(ann, animals=tuple(moved))
+    both = join_sources([bob, ann])
+    assert kinds(both) == {DIFFERENT: 3, TWICE: 4}
+    found = next(f for f in both.findings if f.kind == DIFFERENT)
+    assert "up to 4.2 px apart" in found.first[0]
+    kept = {row: [a for a in both.animals if a.image == row] for row in range(4)}
+    assert [len(animals) for animals in kept.values()] == [1, 1, 2, 1]
+    assert np.array_equal(kept[0][0].xy, moved[0].xy) and np.array_equal(kept[1][0].xy, ann.animals[1].xy)
+    # two animals close together: each is the other source's nearest
+    near = [a._replace(image=0, xy=ann.animals[0].xy + d) for a, d in zip(ann.animals[:2], (0, 9), strict=True)]
+    near = [a._replace(visible=ann.animals[0].visible, xy=a.xy * (ann.animals[0].visible[:, None] > 0)) for a in near]
+    pair = replace(ann, animals=tuple(near))
+    assert kinds(join_sources([pair, replace(pair, animals=tuple(near[::-1]))])) == {ALIKE: 2, TWICE: 4}
+
+
+def test_a_frame_is_known_by_its_video_and_number(tmp_path):
+    video = tmp_path / "clip.avi"
+    video.touch()
+    animal = Animal(0, np.ones((2, 2)), np.full(2, 2, np.uint8))
+
+    def source(*frames):
+        images = tuple(SourceImage(f"{frames}/{n}.png", video=video, frame=n) for n in frames)
+        return LabelSource(Path("a.slp"), "by hand", ("a", "b"), None, (), images, (animal,))
+
+    assert [i.frame for i in join_sources([source(3, 5), source(5, 9)]).images] == [3, 5, 9]
+
+
+def test_an_image_in_two_splits_is_in_the_first(zoo, tmp_path):
+    root = tmp_path / "set"
+    (root / "annotations").mkdir(parents=True)
+    (root / "images").symlink_to(zoo / "data")
+    for split in ("train", "val"):
+        shutil.copy(zoo / "annotations" / "ap10k-val-split1.json", root / "annotations" / f"{split}.json")
+    source = read_labels(root)
+    assert len(source.images) == 6 and {i.split for i in source.images} == {"train"}
+    assert kinds(source)["images in two splits"] == 6 and len(source.animals) == kinds(source)[ALIKE]
+
+
+# ---- what lies elsewhere
+
+
+def test_videos_of_another_computer(sio, pictures, tmp_path):
+    """--videos: found by the last parts of their paths; of two that end alike, none is taken, and it is said."""
+    skeleton = skeleton_of(sio)
+    there = [write_video(tmp_path / "disk" / name / "cam.mp4") for name in ("m1", "m2")]
+    videos = [sio.Video.from_filename(f"/lab/{name}/cam.mp4") for name in ("m1", "m2")]
+    frames = [
+        sio.LabeledFrame(video=v, frame_idx=3 + n, instances=instances_of(sio, pictures[n], skeleton))
+        for n, v in enumerate(videos)
+    ]
+    file = tmp_path / "project" / "labels.slp"
+    file.parent.mkdir()
+    sio.Labels(frames).save(str(file), verbose=False)
+    one_line(lambda: read_labels(file), says="--videos FOLDER")
+    source = read_labels(file, videos=[tmp_path / "disk"])
+    assert [(i.video, i.frame) for i in source.images] == [(there[0], 3), (there[1], 4)] and source.findings == ()
+    assert source.videos == tuple(there)
+    alone = tmp_path / "project" / "one.slp"
+    sio.Labels(frames[:1]).save(str(alone), verbose=False)
+    for name in ("a", "b"):
+        write_video(tmp_path / "other" / name / "cam.mp4")
+    text = one_line(lambda: read_labels(alone, videos=[tmp_path / "other"]), says="cam.mp4 is not below")
+    assert str(tmp_path / "other") in text
+    both = read_labels(file, videos=[tmp_path / "disk" / "m1", tmp_path / "other"])
+    assert kinds(both)["names that end like several files"] == 1 and len(both.images) == 1
+    one_line(
+        lambda: read_labels(file, videos=[tmp_path / "gone"]), says="gone: no such folder", error=FileNotFoundError
+    )
+
+
+def test_frames_of_a_video_of_another_size(sio, pictures, tmp_path):
+    """The labels state the size of their video: another one of the same name is another video."""
+    clip = write_video(tmp_path / "a" / "clip.mp4")
+    frame = sio.LabeledFrame(
+        video=sio.Video.from_filename(str(clip)),
+        frame_idx=3,
+        instances=instances_of(sio, pictures[0], skeleton_of(sio)),
+    )
+    sio.Labels([frame]).save(str(tmp_path / "a" / "labels.slp"), verbose=False)
+    assert read_labels(tmp_path / "a" / "labels.slp").images[0].size == (60, 80)
+
+
+def test_images_and_videos_of_a_project_lie_elsewhere(pictures, tmp_path):
+    some = first_only(pictures[:4])
+    project = write_project(tmp_path / "zoo", some)
+    videos = tmp_path / "disk" / "films"
+    videos.mkdir(parents=True)
+    (videos / "cats.mp4").touch()  # the config says D:\\lab\\zoo\\videos\\cats.mp4
+    assert read_labels(project).videos == ()
+    source = read_labels(project, videos=[tmp_path / "disk"])
+    assert source.videos == (videos / "cats.mp4",) and source.findings == ()
+    for picture in some[:2]:
+        (tmp_path / "disk" / "cats").mkdir(exist_ok=True)
+        shutil.move(project / "labeled-data" / "cats" / picture.file.name, tmp_path / "disk" / "cats")
+    assert kinds(read_labels(project)) == {"rows whose image is not there": 2}
+    moved = read_labels(project, videos=[tmp_path / "disk"])
+    assert_same(moved, some)
+    assert moved.images[0].name == f"cats/{some[0].file.name}" and moved.findings == ()
+
+
+def test_coco_images_and_tasks_of_label_studio_lie_elsewhere(zoo, pictures, tmp_path):
+    shutil.copy(zoo / "annotations" / "ap10k-val-split1.json", tmp_path / "val.json")
+    one_line(lambda: read_labels(tmp_path / "val.json"), says="images that are not there")
+    source = read_labels(tmp_path / "val.json", videos=[zoo])
+    assert [i.file for i in source.images] == [zoo / "data" / i.name for i in source.images] and source.findings == ()
+    tasks = write_tasks(
+        images_into(tmp_path / "tasks", []), [label_studio_task(pictures[0], 1, f"/x/{pictures[0].file.name}")]
+    )
+    one_line(lambda: read_labels(tasks), says="no image was found")
+    assert read_labels(tasks, videos=[zoo / "data"]).images[0].file == pictures[0].file
+
+
+# ---- what a user may say
+
+
+def square(file: Path) -> None:
+    """A square image that viewers turn: its size says nothing."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8)).save(file, exif=exif)
+
+
+def turned_sources(sio, pictures, folder: Path) -> dict[str, Path]:
+    """The labels of one turned square image by each tool that names image files."""
+    points = np.where(pictures[0].points[:1, :, 2:] > 0, 20.0, 0) * [1, 1, 0.1]
+    picture = Picture(folder / "a.png", points, np.array([[5.0, 5, 30, 30]]), ["cat"])
+    folder.mkdir()
+    square(picture.file)
+    found = {"deeplabcut": write_csv(folder / "CollectedData_Ann.csv", {"a.png": picture.points})}
+    image = sio.Video.from_filename([str(picture.file)])
+    frame = sio.LabeledFrame(video=image, frame_idx=0, instances=instances_of(sio, picture, skeleton_of(sio)))
+    found["sleap"] = folder / "labels.slp"
+    sio.Labels([frame]).save(str(found["sleap"]), verbose=False)
+    category = dict(id=1, name="cat", keypoints=list(NAMES))
+    flat = np.concatenate([points[0, :, :2], (points[0, :, 2:] > 0) * 2], 1).ravel().tolist()
+    annotation = dict(id=1, image_id=1, category_id=1, keypoints=flat, bbox=[5, 5, 30, 30])
+    for name, size in (("coco", dict(width=48, height=48)), ("coco without sizes", {})):
+        found[name] = folder / f"{name}.json"
+        content = dict(images=[dict(id=1, file_name="a.png", **size)], annotations=[annotation], categories=[category])
+        found[name].write_text(json.dumps(content))
+    return found
+
+
+@pytest.mark.parametrize("tool", ["deeplabcut", "sleap", "coco", "coco without sizes"])
+def test_exif_is_for_every_source(tool, sio, pictures, tmp_path):
+    """None: the usual frame, which is only a choice; otherwise what the user says."""
+    file = turned_sources(sio, pictures, tmp_path / "a")[tool]
+    for said, upright, settled in ((None, False, False), (False, False, True), (True, True, True)):
+        (image,) = read_labels(file, upright=said).images
+        assert (image.upright, image.settled) == (upright, settled)
+
+
+def test_exif_of_an_oblong_image_without_a_size(pictures, tmp_path):
+    """Where the file says no size, reading one from the image is no answer to which frame is meant."""
+    picture = next(p for p in first_only(pictures) if len(set(cv2.imread(str(p.file)).shape[:2])) == 2)
+    turned_copy(picture, tmp_path / "a.png")
+    height, width = cv2.imread(str(picture.file)).shape[:2]
+    category = dict(id=1, name="cat", keypoints=list(NAMES))
+    annotation = dict(id=1, image_id=1, category_id=1, keypoints=picture.points[0].ravel().tolist())
+    for size, answers in (
+        ({}, [(False, False), (False, True), (True, True)]),
+        (dict(width=width, height=height), [(True, True)] * 3),
+        (dict(width=height, height=width), [(False, True)] * 3),
+    ):
+        content = dict(images=[dict(id=1, file_name="a.png", **size)], annotations=[annotation], categories=[category])
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        images = [read_labels(tmp_path / "a.json", upright=said).images[0] for said in (None, False, True)]
+        assert [(i.upright, i.settled) for i in images] == answers
+
+
+def test_exif_of_tools_that_show_images_upright(pictures, tmp_path):
+    picture = next(p for p in first_only(pictures) if len(set(cv2.imread(str(p.file)).shape[:2])) == 2)
+    root = write_pose_folder(tmp_path / "yolo", {"train": [picture]}, settings="kpt_shape: [17, 3]\n")
+    image = next((root / "images").rglob("*.jpg"))
+    turned_copy(picture, image)
+    usual, stored = read_labels(root), read_labels(root, upright=False)
+    assert usual.images[0].upright and not stored.images[0].upright
+    width, height = image_size(image).upright
+    assert np.allclose(usual.animals[0].xy / (width, height), stored.animals[0].xy / (height, width))
+
+
+def test_strict_reading_refuses_what_is_odd(zoo, pictures, tmp_path):
+    project = write_project(tmp_path / "zoo", first_only(pictures[:4]))
+    table = project / "labeled-data" / "cats" / "CollectedData_Ann.csv"
+    (table.parent / "extracted.jpg").write_bytes(b"")
+    assert len(read_labels(project, strict=True).findings) == 1  # an image that nobody has labelled is not odd
+    table.write_text(table.read_text() + "labeled-data/cats/gone.jpg" + ",1" * 34 + "\n")
+    assert len(read_labels(project).images) == 4
+    one_line(lambda: read_labels(project, strict=True), says="rows whose image is not there: 1, first CollectedData")
+    content = json.loads((zoo / "annotations" / "ap10k-val-split1.json").read_text())
+    content["annotations"][0]["bbox"] = [1, 2, 3]
+    (tmp_path / "odd.json").write_text(json.dumps(content))
+    (tmp_path / "images").symlink_to(zoo / "data")
+    assert read_labels(tmp_path / "odd.json").findings
+    one_line(lambda: read_labels(tmp_path / "odd.json", strict=True), says="bbox")
+
+
+def test_parts_of_projects_and_folders_that_lack_something(pictures, zoo, tmp_path):
+    """Each answer is a line that says what to give."""
+    project = write_project(tmp_path / "zoo", first_only(pictures[:4]))
+    (project / "videos").mkdir()
+    (project / "videos" / "a.mp4").touch()
+    pose = write_pose_folder(tmp_path / "yolo", {"train": first_only(pictures[:2])}, settings="kpt_shape: [17, 3]\n")
+    for part in (project / "labeled-data", project / "videos", pose / "images", pose / "labels", zoo / "data"):
+        for call in (read_labels, find_splits):
+            one_line(
+                lambda call=call, part=part: call(part), says=f"a part of {part.parent.absolute()}: give that folder"
+            )
+    (pose / "data.yaml").write_text("names: [cat]\ntrain: images/train\n")
+    one_line(lambda: read_labels(pose), says="data.yaml does not state kpt_shape")
+    (pose / "data.yaml").unlink()
+    one_line(lambda: read_labels(pose), says="a YOLO set without data.yaml")
+    one_line(lambda: find_splits(pose), says="scarcenet import")
+    for call in (read_labels, find_splits, annotation_files):
+        one_line(
+            lambda call=call: call(tmp_path / "gone"), says="gone: no such file or folder", error=FileNotFoundError
+        )
 
 
 def test_findings_are_counted_by_kind_and_deed():

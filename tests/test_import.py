@@ -3,7 +3,11 @@
 import csv
 import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -699,3 +703,130 @@ def test_real_mice(real_data, tmp_path, name, labels, keypoints):
     annotated = sum(cell != "" for row in cells for cell in row[-2 * keypoints :]) // 2
     assert (sets["even"].truth.visible > 0).sum() == annotated
     assert json.loads((out / "annotations" / "train.json").read_text())["categories"][0]["name"] == "animal"
+
+
+# ---- images that are not what the labels say
+
+
+def test_images_of_another_size_are_left_out(zoo, tmp_path):
+    """Counted with both sizes, as `check` and `train` refuse them; a size that fits after the EXIF turn is right."""
+    content = read_json(zoo / "annotations" / "ap10k-train-split1.json")
+    shutil.copytree(zoo / "data", tmp_path / "data")
+    names = [i["file_name"] for i in content["images"]]
+    Image.open(tmp_path / "data" / names[0]).reduce(2).save(tmp_path / "data" / names[0])
+    write_json(tmp_path / "train.json", content)
+    summary = import_set([tmp_path / "train.json"], tmp_path / "set")
+    (found,) = (f for f in summary.findings if "another size" in f.kind)
+    width, height = content["images"][0]["width"], content["images"][0]["height"]
+    small = f"{-(-width // 2)} x {-(-height // 2)} px, but the labels say {width} x {height}"
+    assert found.count == 1 and found.done == "skipped" and found.first[0].endswith(f"{names[0]}: {small}")
+    new = read_coco(tmp_path / "set" / "annotations" / "train.json")
+    assert names[0] not in {i.file.name for i in new.instances} and summary.images == len(names) - 1
+    assert main(["check", str(tmp_path / "set")]) == 0 and main(["check", str(tmp_path / "train.json")]) == 1
+    with pytest.raises(ValueError, match="of another size than the labels say: 1, first"):
+        import_set([tmp_path / "train.json"], tmp_path / "strict", strict=True)
+    assert not (tmp_path / "strict").exists()
+
+
+def test_frames_of_another_size_are_left_out(avi, tmp_path):
+    source = frame_source(avi, [3, 5])
+    first, second = source.images
+    sized = LabelSource(**{**vars(source), "images": (first._replace(size=SIZE), second._replace(size=(480, 640)))})
+    summary = import_set([sized], tmp_path / "set")
+    assert summary.labelled == 1
+    assert [f.first[0] for f in summary.findings] == [f"{avi}, frame 5: 96 x 64 px, but the labels say 640 x 480"]
+
+
+def test_the_choice_of_a_frame_is_said(poses, tmp_path, capsys):
+    """A turned square image and a table: the labels do not say which frame they count in."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    (tmp_path / "CollectedData_me.csv").write_text("scorer,me,me\nbodyparts,nose,nose\ncoords,x,y\na.png,9,12\n")
+    for flag, turns, says in (
+        ("auto", 0, "keypoints taken as those of the image as stored, written as PNG; --exif upright takes the other"),
+        ("stored", 0, "images with an EXIF turn: 1, written as PNG, as stored, as the keypoints are"),
+        ("upright", 3, "images with an EXIF turn: 1, written as PNG, turned upright, as the keypoints are"),
+    ):
+        out = tmp_path / flag
+        assert main(["import", str(tmp_path / "CollectedData_me.csv"), "--out", str(out), "--exif", flag]) == 0
+        assert says in capsys.readouterr().out
+        assert np.array_equal(read_image(out / "images" / "a.png"), np.rot90(pixels, turns))
+    with pytest.raises(ValueError, match="images with an EXIF turn of which the labels do not say"):
+        import_set([tmp_path / "CollectedData_me.csv"], tmp_path / "strict", strict=True)
+
+
+def test_labels_given_twice_hold_nothing_back_that_is_trained_on(project, tmp_path):
+    """A project and its own tables: no image is in two splits, nor are the frames of one video."""
+    tables = sorted(project.rglob("*.csv"))
+    summary = import_set([project, *tables], tmp_path / "set", val=0.3)
+    assert (summary.labelled, summary.animals) == (14, 14)
+    assert {f.kind: f.count for f in summary.findings} == {
+        "images that two sources have": 14,
+        "animals that two sources label alike": 14,
+    }
+    parts = [read_coco(tmp_path / "set" / "annotations" / f"{name}.json") for name in ("train", "val")]
+    assert not set(parts[0].column("video")) & set(parts[1].column("video")) and sum(map(len, parts)) == 14
+    copy = tmp_path / "copied"
+    shutil.copytree(project, copy)
+    summary = import_set([project, copy], tmp_path / "both")
+    assert {f.kind: f.count for f in summary.findings} == {"labelled images with exactly the pixels of another": 14}
+
+
+# ---- imports that are killed
+
+KILLED = """
+import sys, time
+from scarcenet.cli.main import main
+from scarcenet.data import importing
+
+def wait(*_, **__):
+    print("begun", flush=True)
+    time.sleep(60)
+
+importing.write_annotations = wait
+sys.exit(main(["import", sys.argv[1], "--out", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize(("how", "code", "left"), [("SIGTERM", 143, 0), ("SIGINT", 130, 0), ("SIGKILL", -9, 1)])
+def test_an_import_that_is_killed(project, tmp_path, how, code, left):
+    """It clears away what it began, if it can; and if it cannot, the next import of the same name does."""
+    words = [sys.executable, "-c", KILLED, str(project), str(tmp_path / "set")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(getattr(signal, how))
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == code and "Traceback" not in error
+    assert len(list(tmp_path.iterdir())) == left
+    others = [tmp_path / f".set.{os.getppid()}.part", tmp_path / ".set.more.1.part", tmp_path / ".other.99999999.part"]
+    for other in others:  # of a process that is at work, and of other sets
+        other.mkdir()
+    import_set([project], tmp_path / "set")
+    assert {f.name for f in tmp_path.iterdir()} == {"set", *(f.name for f in others)}
+
+
+def test_signals_are_as_before(project, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    import_set([project], tmp_path / "set")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_flags_of_the_command(project, tmp_path, capsys):
+    """--videos and --strict reach the reading."""
+    moved = tmp_path / "moved"
+    shutil.copytree(project, moved)
+    (tmp_path / "disk").mkdir()
+    shutil.move(moved / "labeled-data" / "day1", tmp_path / "disk" / "day1")
+    (moved / "labeled-data" / "day1").mkdir()
+    table = "CollectedData_Ann.csv"
+    shutil.move(tmp_path / "disk" / "day1" / table, moved / "labeled-data" / "day1" / table)
+    words = ["import", str(moved), "--out", str(tmp_path / "set")]
+    assert main([*words, "--strict"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "rows whose image is not there: 8" in error and "--strict" in error
+    assert main([*words, "--strict", "--videos", str(tmp_path / "disk")]) == 0
+    assert "14 labelled images" in capsys.readouterr().out
+    assert main([*words[:-1], str(tmp_path / "b"), "--videos", str(tmp_path / "gone")]) == 1
+    assert "gone: no such folder" in capsys.readouterr().err

@@ -329,7 +329,7 @@ def test_settings_that_do_not_exist(zoo, tmp_path, run):
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="already there"):
         sn.train_run("demo", data=zoo, out=run.folder, **QUICK)
-    with pytest.raises(FileNotFoundError, match="no split 'train'"):
+    with pytest.raises(FileNotFoundError, match="empty: no such file or folder"):
         sn.train_run("demo", data=tmp_path / "empty", out=tmp_path / "new", **QUICK)
     with pytest.raises(ValueError, match="no network 'coach'"):
         sn.Predictor(run.folder, "coach")

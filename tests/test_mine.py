@@ -542,3 +542,95 @@ def test_images_without_annotation_are_named(project, tmp_path, capsys):
         warn_of_set(config, data)
     assert len(data.train) == len({i.id for i in data.train.instances}) and len(data.train.empty)
     assert any("without annotation" in str(w.message) and "--boxes" in str(w.message) for w in caught)
+
+
+# ---- the choice of boxes
+
+
+def test_only_the_boxes_of_the_set(project, tmp_path, capsys):
+    """`mine` chooses, unless the flag says that images without annotation are not wanted."""
+    for boxes, chosen in (("", {"image", "pose"}), ("set", {"set"})):
+        config = replace(PRESETS["mine"], data=str(project), boxes=boxes, labels="all", device="cpu", size=32)
+        fitted = fit_settings(config, tmp_path)
+        assert fitted.boxes in chosen
+    train, _, _ = read_splits(fitted, tmp_path)
+    assert train.empty and all(i.box_source == "keypoints" for i in train.instances)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("boxes", ["images", "poses", "nowhere.json"])
+def test_a_choice_of_boxes_that_does_not_exist(project, tmp_path, capsys, boxes):
+    words = ["train", "mine", "--data", str(project), "--out", str(tmp_path / "run"), "--boxes", boxes, *FLAGS]
+    assert scarcenet(*words) == 1
+    error = capsys.readouterr().err
+    assert f"boxes '{boxes}': expected set, image, pose, detector, or a COCO file with boxes" in error
+    assert error.count("\n") == 1
+
+
+def some_boxes(project: Path, file: Path, count: int) -> int:
+    """A file with a box for `count` of the images without annotation; how many are left."""
+    poses = read_coco(project / "annotations" / "train.json")
+    write_json(file, [dict(image_id=i.image_id, bbox=[5, 5, 50, 60]) for i in poses.empty[:count]])
+    return len(poses.empty) - count
+
+
+def test_a_file_says_for_how_many_images_it_has_no_box(project, tmp_path):
+    left = some_boxes(project, tmp_path / "boxes.json", 3)
+    config = sn.Config(**{**QUICK, "data": str(project), "labels": "all", "boxes": str(tmp_path / "boxes.json")})
+    data = load_run_data(config, tmp_path)
+    assert len(data.train.empty) == left
+    with pytest.warns(UserWarning, match=rf"for which --boxes .*boxes.json has no box: {left}, first .*; not used"):
+        warn_of_set(config, data)
+
+
+def test_pseudo_labels_for_images_without_annotation(project, tmp_path, capsys):
+    """`pseudo --data` of images that the run has not seen: in boxes as it was trained, or as --boxes says."""
+    run = str(tmp_path / "run")
+    common = ["--data", str(project), *FLAGS, "--labels", "all"]
+    assert scarcenet("train", "demo", "--out", run, *common, "--boxes", "image") == 0
+    new = tmp_path / "new"
+    (new / "annotations").mkdir(parents=True)
+    (new / "images").symlink_to(project / "images")
+    content = read_json(project / "annotations" / "train.json")
+    content["images"], content["annotations"] = content["images"][-5:], []
+    write_json(new / "annotations" / "train.json", content)
+    left = some_boxes(new, tmp_path / "boxes.json", 2)
+    whole = {i["id"]: [0, 0, i["width"], i["height"]] for i in content["images"]}
+    capsys.readouterr()
+
+    def pseudo(name: str, *flags: str) -> list[dict]:
+        file = tmp_path / f"{name}.json"
+        assert scarcenet("pseudo", run, "--data", str(new), "--out", str(file), "--device", "cpu", *flags) == 0
+        return read_json(file)["annotations"]
+
+    for name, flags in (("own", []), ("image", ["--boxes", "image"])):
+        found = pseudo(name, *flags)
+        assert {a["image_id"]: a["bbox"] for a in found} == whole and len(found) == 5
+        assert "without annotation" not in capsys.readouterr().err
+    assert len(pseudo("pose", "--boxes", "pose")) == 5
+    capsys.readouterr()
+    assert [a["bbox"] for a in pseudo("file", "--boxes", str(tmp_path / "boxes.json"))] == [[5, 5, 50, 60]] * 2
+    assert f"has no box: {left}" in capsys.readouterr().err
+    words = ["pseudo", run, "--data", str(new), "--out", str(tmp_path / "none.json"), "--boxes"]
+    for boxes, says in (("set", "no animal in it has a box"), ("images", "boxes 'images': expected set, image")):
+        assert scarcenet(*words, boxes) == 1
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+    # the set of the training, in other boxes than it was trained in
+    file = tmp_path / "again.json"
+    assert scarcenet("pseudo", run, "--out", str(file), "--device", "cpu", "--boxes", "set") == 0
+    assert len({a["image_id"] for a in read_json(file)["annotations"]}) == 8
+    assert scarcenet("pseudo", run, "--out", str(tmp_path / "all.json"), "--device", "cpu") == 0
+    assert len({a["image_id"] for a in read_json(tmp_path / "all.json")["annotations"]}) == 24
+
+
+def test_a_training_says_how_to_leave_a_missing_image_out(project, tmp_path, capsys):
+    gone = next(i.file for i in read_coco(project / "annotations" / "train.json").instances)
+    gone.unlink()
+    words = ["--data", str(project), *FLAGS, "--labels", "all"]
+    assert scarcenet("train", "demo", "--out", str(tmp_path / "a"), *words) == 1
+    error = capsys.readouterr().err
+    assert f"{gone}: no such image; `scarcenet import SET --out NEW` makes a set without such images" in error
+    assert scarcenet("import", str(project), "--out", str(tmp_path / "new")) == 0
+    assert "images that are not there: 1, skipped" in capsys.readouterr().out
+    assert scarcenet("check", str(tmp_path / "new")) == 0

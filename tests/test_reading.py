@@ -18,8 +18,20 @@ from scarcenet.data.coco import PoseSet, coco_json, parse_coco, read_coco
 from scarcenet.data.labels import draw_labelled, read_corrected, with_unannotated
 from scarcenet.data.layout import annotation_files, find_split, find_splits, foreign_source, image_folder, name_parts
 from scarcenet.data.names import name_pairs, plain_name, schema_of, side_of, unpaired_sides
-from scarcenet.data.repair import repair
-from scarcenet.data.values import FEW_SHARE, Ids, as_box, as_float, as_floats, as_int, is_crowd, keypoint_box
+from scarcenet.data.repair import read_points, repair
+from scarcenet.data.values import (
+    FEW_SHARE,
+    Findings,
+    Ids,
+    as_box,
+    as_float,
+    as_floats,
+    as_int,
+    describe,
+    is_crowd,
+    keypoint_box,
+    with_flags,
+)
 from scarcenet.schema import AP10K
 from scarcenet.utils.files import write_json
 
@@ -1031,7 +1043,7 @@ def test_annotation_files(tmp_path):
     assert [f.name for f in annotation_files(root)] == ["a.json", "b.json"]
     with pytest.raises(FileNotFoundError, match="no split 'train'"):
         find_splits(root)  # which of the two?
-    with pytest.raises(FileNotFoundError, match="nowhere: no annotation file"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
         annotation_files(tmp_path / "nowhere")
     # another draw of AP-10K is not taken for the one that is asked for
     root = lay(tmp_path / "ap10k", "annotations/ap10k-train-split1.json")
@@ -1256,3 +1268,26 @@ def test_exif_turned_images_are_counted(animals, capsys):
         assert f"those of the {frame} image; --exif stored | upright says which" in out
         (line,) = lines(read_coco(*find_split(animals, "train"), upright=frame == "upright"))
         assert f"settle: 1, keypoints taken as those of the {frame} image; --exif" in line
+
+
+def test_lists_of_two_numbers_a_keypoint():
+    """2K numbers are x, y of K keypoints; unless each third is a flag: then they are of fewer keypoints."""
+    k = 6
+    xy = np.arange(2.0 * k) + 10
+    assert np.array_equal(with_flags(xy, k).reshape(k, 3)[:, :2].ravel(), xy)
+    assert with_flags(xy, k)[2::3].tolist() == [2] * k
+    half = np.concatenate([xy[:4], np.zeros(8)])  # four keypoints that were not labelled
+    assert with_flags(half, k)[2::3].tolist() == [2, 2, 0, 0, 0, 0]
+    assert with_flags(np.zeros(12), k).tolist() == [0] * 18
+    for flags in ([2, 2, 2, 2], [1, 2, 0, 0]):
+        fewer = np.array([[10 + n, 20 + n, flag] for n, flag in enumerate(flags)]).ravel()
+        assert with_flags(fewer, k) is None and with_flags(fewer, 4) is fewer
+    assert with_flags(xy[:-1], k) is None
+    found = Findings()
+    points = read_points(["annotation 1"], [xy.tolist()], list("abcdef"), "a.json", found)
+    assert points.shape == (1, k, 3)
+    assert describe(found.all()) == (
+        "keypoint lists without flags: 1 (read as x, y of each keypoint: visible, but for those at 0, 0)"
+    )
+    with pytest.raises(ValueError, match="expected 18 numbers for 6 names, got 12"):
+        read_points(["annotation 1"], [[10, 20, 2] * 4], list("abcdef"), "a.json", found)

@@ -123,12 +123,15 @@ def import_(
     test: float = 0.0,
     seed: int = 0,
     flip_pairs: tuple[str, ...] = (),
-    exif: Literal["stored", "upright"] = "stored",
+    exif: Literal["auto", "stored", "upright"] = "auto",
+    videos: tuple[Path, ...] = (),
+    strict: bool = False,
 ) -> None:
     """Make a data set of what a labelling tool wrote, and of unlabelled images and videos.
 
     Reads projects and tables of DeepLabCut and Lightning Pose, SLEAP labels, Label Studio's JSON, Ultralytics pose sets
-    and COCO. The sources are not changed.
+    and COCO. The sources are not changed. Images that are missing, torn or of another size than the labels say are left
+    out and counted, and so is all else that is odd; what two sources have is taken once.
 
     Args:
         sources: what the tool wrote, one file or project or several with the same keypoints
@@ -140,7 +143,10 @@ def import_(
         test: the same for the test split
         seed: of the splits and of k-means
         flip_pairs: LEFT:RIGHT names of keypoints that a mirror exchanges, instead of those that are found
-        exif: frame of the keypoints in images with an EXIF turn, where the stated size does not tell
+        exif: frame of the keypoints in images with an EXIF turn, where the stated size does not tell; auto: the
+            tool's usual one
+        videos: further folders in which the labels' videos and images are looked for, by the last parts of their paths
+        strict: refuse the first odd entry
     """
     from scarcenet.data.importing import import_set
 
@@ -154,7 +160,9 @@ def import_(
         test=test,
         seed=seed,
         flip_pairs=flip_pairs,
-        upright=exif == "upright",
+        upright=None if exif == "auto" else exif == "upright",
+        strict=strict,
+        videos=videos,
         progress=show_progress(),
     )
     print(summary)

@@ -151,6 +151,7 @@ def pseudo(
     data: Path | None = None,
     images: Path | None = None,
     split: str = "train",
+    boxes: str | None = None,
     drop: float | None = None,
     device: str = "auto",
 ) -> None:
@@ -160,15 +161,21 @@ def pseudo(
         run: folder of a finished run, whose last network is taken, or a weights file
         out: new file (.json); flag 2 for a keypoint above the confidence cut, 1 below
         config: of a weights file that does not describe itself: a preset, or a config.json
-        data: a set of boxes, with keypoints or without: its folder, or one annotation file; without it, the set of
-            the training
+        data: a set with boxes or keypoints, or with images alone: its folder, or one annotation file; without it, the
+            set of the training
         images: folder of the images, if it is neither beside the annotation file nor one folder up
         split: split to label, if `data` is a folder
+        boxes: where the box of an image without annotation comes from: image, pose, detector, or a COCO file, as in
+            train; set: such images are left out; without it, as in the training
         drop: share of the keypoints below the cut; without it, the configuration's
         device: cpu, cuda, cuda:1, mps; auto takes cuda if it is there, else cpu
     """
+    from scarcenet.data.boxes import BOX_CHOICES
+    from scarcenet.data.check import describe_unused
+    from scarcenet.data.labels import with_unannotated
     from scarcenet.data.loader import load_crops
     from scarcenet.heatmap import Keypoints
+    from scarcenet.predict.boxes import with_boxes
     from scarcenet.predict.predictor import Predictor, find_config, find_poses, match_keypoints
     from scarcenet.pseudo_labels import make_pseudo
     from scarcenet.run.folder import write_pseudo
@@ -176,9 +183,22 @@ def pseudo(
 
     target, settings = new_file(out), find_config(run, config)
     settings = replace(settings, device=device, drop=settings.drop if drop is None else drop)
-    poses = find_poses(settings, run, data=data, split=split, images=images, unannotated=True)
+    given = settings.boxes if boxes is None else boxes
+    if boxes is None and data and given not in BOX_CHOICES:
+        given = "set"  # a file with boxes of the set of the training
+    as_trained = data is None and given == settings.boxes
+    chosen = settings if as_trained else replace(settings, boxes="set")
+    poses = find_poses(chosen, run, data=data, split=split, images=images, unannotated=True)
     predictor = Predictor(run, device=device, config=settings, schema=poses.schema)
     order = match_keypoints(predictor.schema, poses.schema, f"{poses.file}, {predictor.file}")
+    if not as_trained:
+        schema, progress = predictor.schema, show_progress()
+        poses = with_boxes(poses, given, predictor.model, settings, schema=schema, progress=progress)
+        poses = with_unannotated(poses)
+    if not len(poses):
+        raise ValueError(f"{poses.file}: no animal in it has a box; say where they are: --boxes image | pose | FILE")
+    if is_main_process() and (line := describe_unused(poses, "" if boxes is None and given == "set" else given)):
+        warnings.warn(f"{poses.file}: {line}", stacklevel=2)
     crops = load_crops(
         poses.instances,
         predictor.size,

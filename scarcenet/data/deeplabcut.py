@@ -19,6 +19,7 @@ from .hdf5 import read_stored_table
 from scarcenet.data.label_source import (
     Animal,
     LabelSource,
+    Places,
     SourceImage,
     edges_of,
     find_below,
@@ -150,7 +151,7 @@ def bodypart_names(tables: Sequence[Table], config: dict[str, Any], tally: Findi
                 tally.add(kind, "not labelled there", f"{table.file.parent.name}/{table.file.name}: {name}")
         for name in [name for name in found if name not in listed]:
             kind = "bodyparts of a table that config.yaml does not have"
-            tally.add(kind, "left out", f"{found[name].parent.name}/{found[name].name}: {name}")
+            tally.add(kind, "skipped", f"{found[name].parent.name}/{found[name].name}: {name}")
         return tuple(listed)
     for table, names in zip(tables, own, strict=True):
         if set(names) != set(own[0]):
@@ -182,27 +183,27 @@ def project_folder(table: Path) -> Path:
     return next((above[n + 1] for n in range(2) if n + 1 < len(above) and above[n].name == "labeled-data"), above[0])
 
 
-def find_images(table: Table, project: Path) -> list[Path | None]:
-    """The image file of each row; None where it is not there."""
+def find_images(table: Table, project: Path, places: Places) -> list[Path | None]:
+    """The image file of each row, in the project or in further `places`; None where it is not there."""
     beside = table.file.absolute().parent
     one_folder = len({name_parts(row)[:-1] for row in table.rows}) == 1 and beside != project
     found = []
     for row in table.rows:
         shortest = 2 if len(name_parts(row)) > 1 and beside != project else 1
-        image = find_below([project, project / "labeled-data"], row, shortest)
+        image = places.find(row, shortest)
         if image is None and one_folder and (parts := name_parts(row)):
             image = find_below([beside], parts[-1])
         found.append(image)
     return found
 
 
-def project_videos(project: Path, config: dict[str, Any]) -> tuple[Path, ...]:
-    """The videos of a project that are there: those that config.yaml names, and those in `videos/`.
+def project_videos(project: Path, config: dict[str, Any], places: Places) -> tuple[Path, ...]:
+    """The videos of a project that are there: those that config.yaml names, in further `places`, too, and `videos/`.
 
     Videos with drawn keypoints, which DeepLabCut makes beside them, are left out.
     """
     sets = config.get("video_sets")
-    named = [find_below([project], str(name)) for name in sets] if isinstance(sets, dict) else []
+    named = [places.find(str(name)) for name in sets] if isinstance(sets, dict) else []
     folder = project / "videos"
     beside = sorted(folder.iterdir()) if folder.is_dir() else []
     drawn = re.compile(r"(DLC_.*shuffle\d+.*|_labeled)$")
@@ -225,7 +226,16 @@ def _tables_of_project(project: Path, scorer: str, tally: Findings) -> list[Path
     return chosen
 
 
-def _collect(file: Path, tool: str, project: Path, tables: list[Table], config: dict, tally: Findings) -> LabelSource:
+def _collect(
+    file: Path,
+    tool: str,
+    project: Path,
+    tables: list[Table],
+    config: dict,
+    tally: Findings,
+    places: Places,
+    upright: bool | None,
+) -> LabelSource:
     """Images and animals of some tables of one project."""
     names = bodypart_names(tables, config, tally)
     base = project / "labeled-data"
@@ -233,7 +243,7 @@ def _collect(file: Path, tool: str, project: Path, tables: list[Table], config: 
     animals = []
     for table in tables:
         xy, labelled = poses(table, names, tally)
-        for row, image in enumerate(find_images(table, project)):
+        for row, image in enumerate(find_images(table, project, places)):
             place = f"{table.file.name}: {table.rows[row]}"
             if image is None:
                 tally.add("rows whose image is not there", "skipped", place)
@@ -246,7 +256,8 @@ def _collect(file: Path, tool: str, project: Path, tables: list[Table], config: 
                 for points, flags in zip(xy[row], labelled[row], strict=True):
                     if flags.any():
                         animals.append(Animal(image=len(images), xy=points, visible=flags.astype(np.uint8) * 2))
-                images[image] = SourceImage(name=name, file=image, group=group)
+                is_settled = upright is not None
+                images[image] = SourceImage(name, image, group=group, upright=bool(upright), settled=is_settled)
     for folder in dict.fromkeys(image.parent for image in images):
         for other in sorted(folder.iterdir()):
             if other.suffix.lower() in IMAGES and other not in images:
@@ -260,16 +271,18 @@ def _collect(file: Path, tool: str, project: Path, tables: list[Table], config: 
         images=tuple(images.values()),
         animals=tuple(animals),
         findings=tally.all(),
-        videos=project_videos(project, config),
+        videos=project_videos(project, config, places),
     )
 
 
-def read_deeplabcut(path: Path | str) -> LabelSource:
+def read_deeplabcut(path: Path | str, *, upright: bool | None = None, videos: Sequence[Path | str] = ()) -> LabelSource:
     """The labels of a DeepLabCut project (its folder or config.yaml) or of one table (csv, h5), Lightning Pose's too.
 
     Keypoints are image px as the tables have them: the centre of the first pixel is (0, 0). A labelled keypoint has
     flag 2, an empty cell 0. Where csv and h5 are both there, the csv is read. Nothing is unpickled. Left/right pairs
-    are not said in such projects: `flip_pairs` is None. ValueError of one line if no labels are found.
+    are not said in such projects: `flip_pairs` is None. Nor is the frame of images with an EXIF turn: `upright` says
+    it, or else they are taken as stored. `videos`: further folders in which images and videos are looked for.
+    ValueError of one line if no labels are found.
     """
     path, tally = Path(path), Findings()
     is_project = path.is_dir() or path.suffix.lower() in (".yaml", ".yml")
@@ -294,9 +307,9 @@ def read_deeplabcut(path: Path | str) -> LabelSource:
         raise errors[0]
     is_lightning = all(table.file.parent == project for table in tables) and not is_deeplabcut_config(config)
     kind = "project" if is_project and not is_lightning else files[0].suffix.lower().lstrip(".")
-    return _collect(
-        path, f"{'Lightning Pose' if is_lightning else 'DeepLabCut'} {kind}", project, tables, config, tally
-    )
+    tool = f"{'Lightning Pose' if is_lightning else 'DeepLabCut'} {kind}"
+    places = Places([project, project / "labeled-data"], videos, tally)
+    return _collect(path, tool, project, tables, config, tally, places, upright)
 
 
 def has_tables(project: Path) -> bool:

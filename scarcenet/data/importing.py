@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from .coco import parse_pairs, with_pairs
-from .formats import join_sources, read_labels
+from .formats import read_labels
 from scarcenet.data.image_folder import (
     ImageFolder,
     SetImage,
@@ -26,7 +26,8 @@ from scarcenet.data.image_folder import (
     write_labelled,
     write_unlabelled,
 )
-from .label_source import Animal, LabelSource
+from .joining import join_sources
+from .label_source import Animal, LabelSource, refuse_odd
 from .label_studio import is_label_studio
 from .layout import find_splits, foreign_source
 from .names import name_pairs
@@ -219,16 +220,18 @@ def import_set(
     test: float = 0.0,
     seed: int = 0,
     flip_pairs: Sequence[str] = (),
-    upright: bool = False,
+    upright: bool | None = None,
+    strict: bool = False,
+    videos: Sequence[Path | str] = (),
     progress: bool = False,
 ) -> ImportSummary:
     """Write a set from the labels of one or more sources and from unlabelled images and videos.
 
     `unlabelled`: folders of images and videos, or files; of each video `frames` are taken, chosen "even" or by
     "kmeans". `val`, `test`: shares of the labelled images, drawn by `seed`; a source with splits of its own keeps them.
-    `flip_pairs`: texts LEFT:RIGHT, instead of the pairs that the source has or the names show. `upright`: keypoints of
-    images with an EXIF turn refer to the turned image, where their size does not tell. `out` must be new or empty; it
-    is written whole or not at all. ValueError or FileNotFoundError of one line if that cannot be.
+    `flip_pairs`: texts LEFT:RIGHT, instead of the pairs that the source has or the names show. `upright`, `strict`,
+    `videos`: see `read_labels`; `strict` refuses labelled images that cannot be written, too. `out` must be new or
+    empty; it is written whole or not at all. ValueError or FileNotFoundError of one line if that cannot be.
 
     Examples:
         >>> summary = import_set(zoo, folder / "my_set")
@@ -241,8 +244,11 @@ def import_set(
         raise ValueError("expected one or more files or projects of a labelling tool to import")
     if frames < 1:
         raise ValueError(f"expected 1 or more frames of each video, got {frames}")
-    given = [s if isinstance(s, LabelSource) else read_labels(s, upright=upright) for s in sources]
+    how: dict[str, Any] = dict(upright=upright, strict=strict, videos=videos)
+    given = [s if isinstance(s, LabelSource) else read_labels(s, **how) for s in sources]
     source = join_sources(given)
+    if strict:
+        refuse_odd(source.file, source.findings)
     shares = {"val": val, "test": test}
     split_groups([str(n) for n in range(9)], shares, seed)  # refuses shares that cannot be
     pairs = name_pairs(source.names) if source.flip_pairs is None else source.flip_pairs
@@ -255,6 +261,8 @@ def import_set(
         folder = ImageFolder(part / "images", tally)
         images = write_labelled(source, folder, progress)
         annotations = annotate(source, images, tally)
+        if strict:
+            refuse_odd(source.file, tally.all())
         labelled = [n for n, found in enumerate(annotations) if any(a["num_keypoints"] for a in found)]
         if not labelled:
             first = next((f.first[0] for f in tally.all()), "")

@@ -7,7 +7,7 @@ __all__ = ['task_path', 'ImageSearch', 'Region', 'chosen_annotation', 'is_label_
 
 # %% ../../nbs/data/label_studio.ipynb #imports
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 
 from .exif import image_size
-from .label_source import Animal, LabelSource, SourceImage, find_below, name_below
+from .label_source import Animal, LabelSource, Listing, Places, SourceImage, find_below, name_below
 from .layout import IMAGES, name_parts
 from .values import Findings
 from ..utils.files import read_json
@@ -40,20 +40,11 @@ def task_path(task: dict[str, Any]) -> str:
 
 
 class ImageSearch:
-    """Finds images below a folder by the paths of a server; what lies in the folder is listed once, if at all."""
+    """Finds images below a folder, or below the `further` ones, by the paths of a server."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._by_name: dict[str, list[Path]] | None = None
-
-    def _named(self, name: str) -> list[Path]:
-        """All images below the folder with a name."""
-        if self._by_name is None:
-            self._by_name = {}
-            for file in sorted(self.folder.rglob("*")):
-                if file.suffix.lower() in IMAGES:
-                    self._by_name.setdefault(file.name, []).append(file)
-        return self._by_name.get(name, [])
+    def __init__(self, folder: Path, further: Sequence[Path | str], tally: Findings) -> None:
+        self.folder, self._listing = folder, Listing([folder])
+        self._places = Places([folder], further, tally)
 
     def __call__(self, path: str) -> list[Path]:
         """The image of a path; none, or more than one where the name does not tell."""
@@ -62,7 +53,10 @@ class ImageSearch:
         if found := find_below([self.folder], path):
             return [found]
         own_name = re.sub(r"^[0-9a-f]{8}-", "", parts[-1])
-        return self._named(parts[-1]) or self._named(own_name)
+        if alike := self._listing.alike(path) or self._listing.alike(own_name):
+            return alike
+        elsewhere = self._places.find(path) or self._places.find(own_name)
+        return [elsewhere] if elsewhere else []
 
 # %% ../../nbs/data/label_studio.ipynb #regions
 class Region(NamedTuple):
@@ -179,19 +173,23 @@ def is_label_studio(content: object) -> bool:
     )
 
 
-def read_label_studio(path: Path | str, content: object = None) -> LabelSource:
+def read_label_studio(
+    path: Path | str, content: object = None, *, upright: bool | None = None, videos: Sequence[Path | str] = ()
+) -> LabelSource:
     """The labels of a Label Studio export (JSON, not JSON-MIN) with keypoints; its images lie beside or below it.
 
     Keypoints are image px with flag 2. Label Studio counts from the edge of the image, we from the centre of its first
     pixel: half a pixel is taken off. A rectangle is the box of the keypoints in it, its label their category. An image
-    without annotation is an unlabelled image. `content`: the file's content, if it has been read. ValueError of one
-    line if there is no labelled image.
+    without annotation is an unlabelled image. `content`: the file's content, if it has been read. `upright`: whether
+    places refer to images after their EXIF turn, where the size in the export does not tell; by default they do, as a
+    browser shows them. `videos`: further folders in which images are looked for. ValueError of one line if there is no
+    labelled image.
     """
     file, tally = Path(path), Findings()
     tasks = read_json(file) if content is None else content
     if not isinstance(tasks, list) or not is_label_studio(tasks):
         raise ValueError(f"{file}: not a list of Label Studio's tasks; in Label Studio choose Export, JSON")
-    search = ImageSearch(file.absolute().parent)
+    search = ImageSearch(file.absolute().parent, videos, tally)
     images: list[SourceImage] = []
     regions: list[tuple[str, dict[str, list[Region]]]] = []
     for number, task in enumerate(tasks):
@@ -209,7 +207,8 @@ def read_label_studio(path: Path | str, content: object = None) -> LabelSource:
         if any(item.get("image_rotation") for item in items):
             tally.add("images that were turned in Label Studio", "taken as not labelled", where)
             items = []
-        is_stored = size.stored != size.upright and size.stored in stated
+        is_told = size.stored != size.upright and bool({size.stored, size.upright} & stated)
+        is_stored = size.stored in stated if is_told else upright is False
         frame = size.stored if is_stored else size.upright
         regions.append((where, _groups(items, frame, where, tally)))
         images.append(SourceImage(name=name_below(found[0], search.folder), file=found[0], upright=not is_stored))

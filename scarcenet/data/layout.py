@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'VIDEOS', 'IMPORTED', 'ARCHIVES', 'PICKLES', 'SPLITS', 'LAYOUTS', 'PLAIN_LAYOUTS', 'foreign_source',
-           'find_splits', 'find_split', 'annotation_files', 'ImageFinder', 'name_parts', 'end_alike', 'header_size',
-           'some_names', 'image_folder']
+           'whole_project', 'find_splits', 'find_split', 'annotation_files', 'ImageFinder', 'name_parts', 'end_alike',
+           'header_size', 'some_names', 'image_folder']
 
 # %% ../../nbs/data/layout.ipynb #imports
 import os
@@ -41,6 +41,8 @@ def foreign_source(path: Path | str) -> str:
     own_images = f"type `scarcenet import LABELS --unlabelled {path} --out my_set`, LABELS being what your tool wrote"
     if path.is_dir():
         what = _foreign_folder(path)
+        if what in ("", "images") and (whole := whole_project(path)):
+            return f"{path}: a part of {whole}: give that folder"
         if what == "images":
             return f"{path}: images without labels, not a COCO keypoint set: {own_images}"
         return f"{path}: {what}, not a COCO keypoint set: {typed}" if what else ""
@@ -55,6 +57,21 @@ def foreign_source(path: Path | str) -> str:
     if end in IMAGES | VIDEOS:
         return f"{path}: {'an image' if end in IMAGES else 'a video'} without labels: {own_images}"
     return ""
+
+
+def whole_project(folder: Path) -> Path | None:
+    """The project or set of which a folder is a part, such as its `labeled-data` or `images`; None if it is none."""
+    part = folder.absolute()
+    for above in part.parents[:3]:
+        inside, *deeper = part.relative_to(above).parts
+        if inside in ("labeled-data", "videos") and (above / "labeled-data").is_dir():
+            return above
+        is_pose_set = any((above / name).is_file() for name in ("data.yaml", "dataset.yaml"))
+        if is_pose_set and (inside in sum(SPLITS.values(), ()) or {"images", "labels"} & {inside, *deeper}):
+            return above
+        if inside in ("images", "data") and any(above.glob("annotations/*.json")):
+            return above
+    return None
 
 
 def _foreign_folder(folder: Path) -> str:
@@ -85,7 +102,12 @@ LAYOUTS = (
 
 
 def _annotation_files(root: Path) -> dict[str, Path]:
-    """The JSON files of a set's folder and of the folders in it: path below it, in small letters -> file."""
+    """The JSON files of a set's folder and of the folders in it: path below it, in small letters -> file.
+
+    FileNotFoundError if there is no such folder.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such {'folder' if root.exists() else 'file or folder'}")
     found = sorted(root.glob("*.json")) + sorted(root.glob("*/*.json"))
     return {file.relative_to(root).as_posix().lower(): file for file in found if file.is_file()}
 
@@ -257,7 +279,10 @@ def image_folder(file: Path, names: Sequence[str] = (), images: Path | str | Non
     """The images' folder of an annotation file: `images`, if given, or else `data/` or `images/` near the file.
 
     `names`: of some images; where they lie in a folder below it, or beside the file, that folder is taken.
+    FileNotFoundError if `images` is no folder.
     """
+    if images and not Path(images).is_dir():
+        raise FileNotFoundError(f"{images}: no such folder, but the images of {file} were said to be there")
     near = (base / d for base in (file.parent, file.parent.parent) for d in ("data", "images"))
     first = Path(images) if images else next((d for d in near if d.is_dir()), file.parent)
     split = re.sub("^(person_keypoints|instances)_|\\.json$", "", file.name)

@@ -115,8 +115,7 @@ def read_image(file: Path, size: tuple[int, int] | None = None, *, upright: bool
             sizes = both_sizes(image)
             turned = ImageOps.exif_transpose(image) if means_upright(image, size, upright) else image
             pixels = np.asarray(turned.convert("RGB"))
-    # what Pillow's decoders raise
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:  # Pillow's own
         reason = " ".join(str(error).replace(str(file), "it").split())
         raise ValueError(f"{file}: not an image that can be decoded ({reason})") from None
     if size and size != pixels.shape[:2]:
@@ -127,7 +126,10 @@ def read_image(file: Path, size: tuple[int, int] | None = None, *, upright: bool
 
 def instance_image(instance: Instance) -> np.ndarray:
     """The image of an instance, (H, W, 3) uint8 RGB, in the frame of its box and keypoints; errors of `read_image`."""
-    return read_image(instance.file, (instance.height, instance.width), upright=instance.upright)
+    try:
+        return read_image(instance.file, (instance.height, instance.width), upright=instance.upright)
+    except ValueError as error:
+        raise ValueError(f"{error}; `scarcenet import SET --out NEW` makes a set without such images") from None
 
 # %% ../../nbs/01_data.ipynb #broken
 def broken_images(instances: Sequence[Instance], progress: bool = False) -> dict[Path, str]:
@@ -247,11 +249,9 @@ def _mapped(instances: Sequence[Instance], cached: Tensor, size: int, folder: Pa
         if not file.is_file() or file.stat().st_size != total:
             try:
                 with atomic(file) as part, open(part, "wb") as f:
-
-                    def write(n: int, cut: Tensor) -> int:
-                        return os.pwrite(f.fileno(), cut.numpy().tobytes(), n * one)
-
-                    _decode(instances, cached, size, write, progress)
+                    _decode(
+                        instances, cached, size, lambda n, c: os.pwrite(f.fileno(), c.numpy().data, n * one), progress
+                    )
             except OSError as e:
                 reason = f"{total / 2**20:.0f} MiB of cached crops cannot be kept there ({e.strerror})"
                 raise ValueError(f"{folder}: {reason}") from None

@@ -8,7 +8,7 @@ __all__ = ['Frames', 'locate', 'group_names', 'misplaced', 'load_slp', 'read_sle
 # %% ../../nbs/data/sleap.ipynb #imports
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .hdf5 import need_io, open_hdf5
-from .label_source import Animal, LabelSource, SourceImage, find_below, name_below, one_line
+from .label_source import Animal, LabelSource, Places, SourceImage, name_below, one_line, shared_end
 from .layout import VIDEOS, name_parts
 from .values import Findings
 
@@ -70,15 +70,31 @@ def _video_name(video: Any) -> str:
     return str(names[0] if isinstance(names, list) and names else names)
 
 
-def _as_image(frame: int, group: str, video: Path | None = None, reader: Any = None) -> SourceImage:
-    """A frame of a video file, or one that sleap-io reads."""
+def _as_image(
+    frame: int, group: str, video: Path | None = None, reader: Any = None, size: tuple[int, int] | None = None
+) -> SourceImage:
+    """A frame of a video file, of the `size` (H, W) that the labels state, or one that sleap-io reads."""
     name = f"{group}/frame{frame:06d}.png"
-    pixels = partial(_pixels, reader, frame) if reader is not None else None
-    return SourceImage(name=name, video=None if pixels else video, frame=frame, pixels=pixels, group=group)
+    if reader is None:
+        return SourceImage(name=name, video=video, frame=frame, group=group, size=size)
+    return SourceImage(name=name, frame=frame, pixels=partial(_pixels, reader, frame), group=group)
 
 
-def locate(video: Any, group: str, file: Path, is_lost: bool = False) -> Frames:
-    """Where the frames of one sleap-io video are, for the labels in `file`. `is_lost`: its own file is not there."""
+def _stated_size(video: Any) -> tuple[int, int] | None:
+    """Height and width of a video as the labels state them, px; None if they do not."""
+    shape = video.backend_metadata.get("shape")
+    stated = isinstance(shape, (list, tuple)) and len(shape) == 4 and all(type(n) is int and n > 0 for n in shape[1:3])
+    return (shape[1], shape[2]) if stated else None
+
+
+def locate(
+    video: Any, group: str, file: Path, places: Places, is_lost: bool = False, upright: bool | None = None
+) -> Frames:
+    """Where the frames of one sleap-io video are, for the labels in `file`, by `places`.
+
+    `is_lost`: its own file is not there. `upright`: whether image files are taken after their EXIF turn; None: as
+    stored, for want of a word on it.
+    """
     from sleap_io import Video
 
     folder, name = file.absolute().parent, _video_name(video)
@@ -88,7 +104,7 @@ def locate(video: Any, group: str, file: Path, is_lost: bool = False) -> Frames:
             numbers = content.get(dataset.removesuffix("video") + "frame_numbers")
             inside = set(numbers[:].tolist() if numbers is not None else range(len(content[dataset])))
         original = None if is_lost else video.source_video
-        source = locate(original, group, file) if original is not None else None
+        source = locate(original, group, file, places, upright=upright) if original is not None else None
 
         def embedded(frame: int) -> SourceImage | None:
             """The image in the file, or else in the original video, if that is there."""
@@ -105,11 +121,14 @@ def locate(video: Any, group: str, file: Path, is_lost: bool = False) -> Frames:
 
         def image(frame: int) -> SourceImage | None:
             """One of a list of image files."""
-            found = find_below([folder], video.filename[frame]) if frame < len(video.filename) else None
-            return SourceImage(name=name_below(found, folder), file=found, group=own) if found else None
+            found = places.find(str(video.filename[frame])) if frame < len(video.filename) else None
+            if found is None:
+                return None
+            name, is_settled = name_below(found, folder), upright is not None
+            return SourceImage(name=name, file=found, group=own, upright=bool(upright), settled=is_settled)
 
         return Frames(name=name, group=own, find=image)
-    found = find_below([folder], str(video.filename))
+    found = places.find(str(video.filename))
     if found is None:
         return Frames(name=name, group=group, find=lambda frame: None)
     is_media = found.suffix.lower() in VIDEOS
@@ -120,7 +139,8 @@ def locate(video: Any, group: str, file: Path, is_lost: bool = False) -> Frames:
         except ValueError as e:
             return Frames(name=f"{name} ({one_line(e)})", group=group, find=lambda frame: None)
     if is_media and not video.is_cropped:
-        return Frames(name=name, group=group, find=partial(_as_image, group=group, video=found), file=found)
+        find = partial(_as_image, group=group, video=found, size=_stated_size(video))
+        return Frames(name=name, group=group, find=find, file=found)
     reader = Video(filename=str(found), backend_metadata=dict(video.backend_metadata), open_backend=False)
     find = partial(_as_image, group=group, reader=reader)
     return Frames(name=name, group=group, find=find, file=found if is_media else None)
@@ -139,14 +159,8 @@ def group_names(videos: list[Any]) -> list[str]:
     return names
 
 
-def _shared_end(name: tuple[str, ...], file: Path) -> int:
-    """How many parts the ends of a path and of a file's have in common."""
-    both = zip(reversed(name), reversed(file.absolute().parts), strict=False)
-    return next((n for n, (part, own) in enumerate(both) if part != own), len(name))
-
-
-def misplaced(videos: list[Any], folder: Path) -> set[int]:
-    """The `id` of each video of which another one's file is found below `folder`, because its own is not there.
+def misplaced(videos: list[Any], places: Places) -> set[int]:
+    """The `id` of each video of which another one's file is found in `places`, because its own is not there.
 
     Labels of m1/cam.avi and m2/cam.avi may lie beside one cam.avi: it belongs to the video whose path ends most like
     the file's, and to none if two do equally.
@@ -155,13 +169,13 @@ def misplaced(videos: list[Any], folder: Path) -> set[int]:
     for video in videos:
         files = _original(video).filename
         for name in files if isinstance(files, list) else [files]:
-            if found := find_below([folder], str(name)):
+            if found := places.find(str(name)):
                 claims.setdefault(found, {}).setdefault(name_parts(str(name)), set()).add(id(video))
     lost: set[int] = set()
     for file, names in claims.items():
-        alike = sorted((_shared_end(name, file) for name in names), reverse=True)
+        alike = sorted((shared_end(name, file) for name in names), reverse=True)
         for name, owners in names.items():
-            if len(alike) > 1 and (_shared_end(name, file) < alike[0] or alike[0] == alike[1]):
+            if len(alike) > 1 and (shared_end(name, file) < alike[0] or alike[0] == alike[1]):
                 lost |= owners
     return lost
 
@@ -200,14 +214,16 @@ def _points(instance: Any, names: tuple[str, ...], where: str, tally: Findings) 
     return np.where(visible[:, None], xy, 0), visible.astype(np.uint8) * 2
 
 
-def read_sleap(path: Path | str) -> LabelSource:
+def read_sleap(path: Path | str, *, upright: bool | None = None, videos: Sequence[Path | str] = ()) -> LabelSource:
     """The labels of a SLEAP file, .slp or .pkg.slp.
 
     Order, edges and symmetries are the skeleton's; `flip_pairs` is None where it states no symmetry. Keypoints are
     image px, with flag 2, or 0 for those that are missing or marked as not visible. Only what people labelled is
-    taken. ValueError of one line if sleap-io is not installed, or no labelled frame is there.
+    taken. `upright`: image files are taken after their EXIF turn. `videos`: further folders in which videos and images
+    are looked for. ValueError of one line if sleap-io is not installed, or no labelled frame is there.
     """
     file, tally = Path(path), Findings()
+    places = Places([file.absolute().parent], videos, tally)
     labels = load_slp(file)
     used = Counter(tuple(i.skeleton.node_names) for frame in labels for i in frame.user_instances)
     if not used:
@@ -218,8 +234,10 @@ def read_sleap(path: Path | str) -> LabelSource:
     names = max(used, key=lambda nodes: used[nodes])
     skeleton = next(s for s in labels.skeletons if tuple(s.node_names) == names)
     groups = group_names(labels.videos)
-    lost = misplaced(labels.videos, file.absolute().parent)
-    frames = {id(v): locate(v, g, file, id(v) in lost) for v, g in zip(labels.videos, groups, strict=True)}
+    lost = misplaced(labels.videos, places)
+    frames = {
+        id(v): locate(v, g, file, places, id(v) in lost, upright) for v, g in zip(labels.videos, groups, strict=True)
+    }
     images: list[SourceImage] = []
     rows: dict[tuple[int, int], int] = {}  # (video, frame) -> row of `images`
     animals = []
@@ -255,8 +273,9 @@ def read_sleap(path: Path | str) -> LabelSource:
     if not animals and not images:
         missing = next(iter(frames.values())).name
         raise ValueError(
-            f"{file}: {missing} is not below {file.absolute().parent}; put it, or a link to it, there, or export the "
-            "labels with their images (in SLEAP: File, Export labels package)"
+            f"{file}: {missing} is not below {' or '.join(map(str, places.folders))}; put it, or a link to it, there, "
+            "name its folder (scarcenet import --videos FOLDER), or export the labels with their images (in SLEAP: "
+            "File, Export labels package)"
         )
     return LabelSource(
         file=file,

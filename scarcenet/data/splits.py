@@ -16,6 +16,7 @@ import numpy as np
 
 from ..config import Config
 from scarcenet.data.boxes import (
+    OWN_BOXES,
     Box,
     add_whole_images,
     alone,
@@ -60,7 +61,8 @@ def set_folder(config: Config, home: Path, progress: bool = False) -> Path:
                 imported,
                 seed=config.seed,
                 flip_pairs=config.flip_pairs,
-                upright=config.exif == "upright",
+                upright=config.exif == "upright" or None,
+                strict=config.strict,
                 progress=progress,
             )
             if summary.findings:
@@ -183,7 +185,7 @@ def _with_boxes(config: Config, home: Path, train: PoseSet, labelled: np.ndarray
     """
     hidden = ~labelled & np.array([i.box_source == "keypoints" for i in train.instances], bool)
     train = look_wider(train, hidden)
-    if not config.boxes:
+    if config.boxes in OWN_BOXES:
         return train
     if config.boxes == "image":
         return use_empty(look_wider(train, hidden | alone(train)))

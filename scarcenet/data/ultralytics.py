@@ -171,10 +171,11 @@ def origin(name: str) -> str:
     return found[1] if found else ""
 
 # %% ../../nbs/data/ultralytics.ipynb #read
-def read_ultralytics(path: Path | str) -> LabelSource:
+def read_ultralytics(path: Path | str, *, upright: bool | None = None) -> LabelSource:
     """The labels of a pose folder with a data.yaml, or of that file.
 
-    Keypoints and boxes are image px of the upright image: share times width or height. Splits are the folder's own;
+    Keypoints and boxes are image px of the upright image, or, if `upright` is False, of the image as it is stored:
+    share times width or height. Splits are the folder's own;
     an image without a label file, or with an empty one, is an unlabelled image; a line that has a box only is an
     unlabelled animal. ValueError of one line if nothing is labelled.
     """
@@ -192,16 +193,19 @@ def read_ultralytics(path: Path | str) -> LabelSource:
             kind = "images in two splits" if image in images else "images that cannot be read"
             tally.add(kind, "the first split is used" if image in images else "skipped", name)
             continue
+        frame = size.stored if upright is False else size.upright
         lines = label_file(image)
         text = lines.read_text(encoding="utf-8-sig", errors="replace") if lines.is_file() else ""
         for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             try:
-                animals.append(read_animal(line, settings, size.upright, len(images)))
+                animals.append(read_animal(line, settings, frame, len(images)))
             except ValueError as e:
                 tally.add("lines that are no animal", "skipped", f"{name_below(lines, root)}, line {number}: {e}")
-        images[image] = SourceImage(name=name, file=image, group=origin(name), split=split, upright=True)
+        images[image] = SourceImage(
+            name=name, file=image, group=origin(name), split=split, upright=upright is not False
+        )
     if not images:
         raise ValueError(f"{file}: no images were found below {root}; put them there, in images/train and images/val")
     return LabelSource(

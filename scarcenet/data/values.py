@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAR', 'HULL_MARGIN', 'FEW_KEYPOINTS', 'FEW_SHARE', 'SMALLEST_SIDE', 'Finding', 'Findings', 'describe', 'as_int',
-           'as_float', 'Ids', 'as_floats', 'as_box', 'is_crowd', 'keypoint_box']
+           'as_float', 'Ids', 'as_floats', 'with_flags', 'as_box', 'is_crowd', 'keypoint_box']
 
 # %% ../../nbs/data/values.ipynb #imports
 import math
@@ -113,6 +113,21 @@ def as_floats(values: object) -> np.ndarray | None:
 
 def _nan(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def with_flags(numbers: np.ndarray, k: int) -> np.ndarray | None:
+    """The (3K,) x, y, flag of a keypoint list, or of one that has x, y alone; None for a list of another length.
+
+    Without flags a keypoint is visible, unless it lies at 0, 0. But 2K numbers of which each third is a flag are x, y,
+    flag of fewer keypoints, and no list for K.
+    """
+    if len(numbers) != 2 * k:
+        return numbers if len(numbers) == 3 * k else None
+    third = numbers[2::3]
+    if len(numbers) % 3 == 0 and np.isin(third, (0, 1, 2)).all() and third.any():
+        return None
+    xy = numbers.reshape(k, 2)
+    return np.concatenate([xy, 2 * (np.nan_to_num(xy) > 0).any(1, keepdims=True)], 1).ravel()
 
 
 def as_box(values: object) -> tuple[float, float, float, float] | None:

@@ -244,7 +244,8 @@ def find_poses(
 
     `split`: empty for test, or val where a run has no test split. `images`: the images' folder, where
     `read_coco` does not find it. `unannotated`: also those that have a box and no
-    keypoints. ValueError if there are no instances, FileNotFoundError if there is no set.
+    keypoints. ValueError if there are no instances (nor, then, images without any), FileNotFoundError if there is no
+    set.
     """
     if data is None:
         poses = _own_poses(config, run, split, unannotated)
@@ -253,7 +254,7 @@ def find_poses(
         upright = config.exif == "upright"
         poses = read_coco(file, images or near, strict=config.strict, upright=upright, flip_pairs=config.flip_pairs)
         poses = with_unannotated(poses) if unannotated else poses
-    if not len(poses):
+    if not len(poses) and not (unannotated and poses.empty):
         raise ValueError(f"{poses.file}: no instance {'' if unannotated else 'with keypoints '}in it")
     return poses
 
