@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what `_HOME` says, for editors and type checkers
     from .heatmap import decode as decode, encode as encode, heatmap_loss as heatmap_loss
     from .ledger.explorer import explore as explore
     from .ledger.ledger import Ledger as Ledger, open_ledger as open_ledger
+    from .ledger.suggest import suggest as suggest
     from .mean_teacher import (
         consistency_mask as consistency_mask,
         ema_decay as ema_decay,
@@ -51,6 +52,7 @@ _HOME = {
     "open_ledger": "ledger.ledger",
     "Ledger": "ledger.ledger",
     "explore": "ledger.explorer",
+    "suggest": "ledger.suggest",
     # settings and data
     "Config": "config",
     "PRESETS": "config",

@@ -48,7 +48,8 @@ class Config:
     split: int = 1
     """which of AP-10K's three splits"""
     labels: int | str = 5
-    """labelled images per category, or all, or a JSON file with a list of image ids or with COCO keypoints"""
+    """labelled images per category, or all, or a file: a list of image ids, COCO keypoints, or what any labelling tool
+    has written; commas join several: 5,corrected.json"""
     families: tuple[str, ...] = ()
     """transfer setting: every image of these families is labelled and no other; replaces `labels`"""
     holdout: float = 0.0

@@ -22,6 +22,7 @@ import torch
 from scarcenet.config import OFFICIAL, Config
 from scarcenet.ledger.explorer import ASSETS, Explorer, bundle, crop_image, explore, pack_all, pick, report_page
 from scarcenet.ledger.ledger import Ledger, open_ledger, redecide
+from scarcenet.ledger.suggest import suggest
 from scarcenet.predict.predictor import find_poses
 from scarcenet.record import Record, by_instance
 from scarcenet.relabel import Decision
@@ -254,6 +255,16 @@ def test_the_report(run, page, tmp_path):
         page.keyboard.press(key)
     assert not at("note").is_visible() and at("epoch").input_value() == str(len(ledger.epochs) - 2)
     assert ledger.names[1] in page.locator(".scarce").inner_text()
+
+
+def test_suggested_animals_are_a_filter(run, page, tmp_path):
+    suggested = suggest(run, 3, device="cpu")
+    suggested.save(tmp_path / "next")
+    (tmp_path / "report.html").write_text(report_page(run, most=10, suggested=tmp_path / "next"), encoding="utf-8")
+    page.goto(f"file://{tmp_path / 'report.html'}")
+    page.locator("[data-test=suggested]").check()
+    assert page.locator("[data-test=matches]").inner_text().split()[0] == str(len(suggested.poses))
+    assert "suggested, no. 1: " in page.locator(".scarce").inner_text()
 
 
 def test_nothing_in_a_name_ends_the_script(run, page, tmp_path):

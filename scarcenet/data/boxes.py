@@ -17,8 +17,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 
 from .coco import Instance, PoseSet, Truth
-from .labels import overlap
-from .values import as_box
+from .values import as_box, overlap
 from ..utils.files import read_json
 
 Box = tuple[float, float, float, float]  # x, y, w, h in image px

@@ -17,8 +17,7 @@ import numpy as np
 
 from .exif import is_turned
 from .label_source import Animal, LabelSource, SourceImage
-from .labels import overlap
-from .values import SMALLEST_SIDE, Findings
+from .values import SMALLEST_SIDE, Findings, overlap
 
 # %% ../../nbs/data/joining.ipynb #same
 SAME = 0.25  # of an animal's extent: how far two people's labels of it are apart at most, on average

@@ -142,11 +142,12 @@ def shrink(frame: np.ndarray) -> np.ndarray:
     return cv2.resize(frame, size, interpolation=cv2.INTER_AREA).mean(2, dtype=np.float32).ravel()
 
 
-def spread(features: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Rows of (N, D) `features` that differ: of each of `count` k-means clusters the one next to its centre.
+def spread(features: np.ndarray, count: int, seed: int, cost: np.ndarray | None = None) -> np.ndarray:
+    """Rows of (N, D) `features` that differ: of each of `count` k-means clusters the one of least `cost` (N,).
 
-    In order. All where there are no more than `count`. Where points coincide, so that there are fewer clusters, the
-    rows that are farthest from those chosen so far complete them. The same seed gives the same rows.
+    Without `cost`, the one next to its cluster's centre. In order. All where there are no more than `count`. Where
+    points coincide, so that there are fewer clusters, the rows that are farthest from those chosen so far complete
+    them. The same seed gives the same rows.
     """
     if len(features) <= count:
         return np.arange(len(features))
@@ -157,7 +158,7 @@ def spread(features: np.ndarray, count: int, seed: int) -> np.ndarray:
     _, labels, centres = cv2.kmeans(points, count, first, criteria, 3, cv2.KMEANS_PP_CENTERS)
     cluster = np.asarray(labels).ravel()
     away = np.linalg.norm(points - np.asarray(centres)[cluster], axis=1)
-    order = np.argsort(away, kind="stable")
+    order = np.argsort(away if cost is None else cost, kind="stable")
     chosen = order[np.unique(cluster[order], return_index=True)[1]].tolist()
     distance = np.min([np.linalg.norm(points - points[row], axis=1) for row in chosen], axis=0)
     while len(chosen) < count:

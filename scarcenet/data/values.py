@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAR', 'HULL_MARGIN', 'FEW_KEYPOINTS', 'FEW_SHARE', 'SMALLEST_SIDE', 'Finding', 'Findings', 'describe', 'as_int',
-           'as_float', 'Ids', 'as_floats', 'with_flags', 'as_box', 'is_crowd', 'keypoint_box']
+           'as_float', 'Ids', 'as_floats', 'with_flags', 'as_box', 'is_crowd', 'keypoint_box', 'overlap']
 
 # %% ../../nbs/data/values.ipynb #imports
 import math
@@ -173,3 +173,10 @@ def keypoint_box(xy: np.ndarray, visible: np.ndarray, width: float, height: floa
         low, high = inside
     x, y, w, h = (float(v) for v in (*low, *(high - low)))
     return x, y, w, h
+
+
+def overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two boxes (x, y, w, h)."""
+    sides = [max(0.0, min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i])) for i in (0, 1)]
+    both = sides[0] * sides[1]
+    return both / (a[2] * a[3] + b[2] * b[3] - both)

@@ -260,7 +260,8 @@ function makeFilters(context, refilter) {
   const category = menu("category", "category", categories.map((c) => [c, c]));
   const keypoint = menu("keypoint", "keypoint", names.map((name, k) => [k, name]));
   const kind = menu("kind", "decision", KINDS.map((d) => [d, kinds[d]]));
-  const wrong = check("wrong"), unlabelled = check("unlabelled");
+  const wrong = check("wrong"), unlabelled = check("unlabelled"), suggested = check("suggested");
+  const hasRanks = instances.some((animal) => animal.rank);
 
   /** Does keypoint k of animal i pass the filters on keypoints? */
   const passes = (i, k) => (keypoint.value === "" || k === Number(keypoint.value))
@@ -268,11 +269,12 @@ function makeFilters(context, refilter) {
     && (!wrong.checked || facts(i, k).right === 0);
   const firstPassing = (i) => names.findIndex((_, k) => passes(i, k));
   const matches = (animal, i) => (category.value === "" || animal.category === category.value)
-    && !(unlabelled.checked && animal.labelled) && firstPassing(i) >= 0;
+    && !(unlabelled.checked && animal.labelled) && !(suggested.checked && !animal.rank) && firstPassing(i) >= 0;
   const findMatches = () => instances.map((_, i) => i).filter((i) => matches(instances[i], i));
 
   const nodes = [category, keypoint, kind, hasTruth ? h("label", {}, wrong, "wrong targets only") : "",
-    h("label", {}, unlabelled, "unlabelled animals only")];
+    h("label", {}, unlabelled, "unlabelled animals only"),
+    hasRanks ? h("label", {}, suggested, "suggested to be labelled only") : ""];
   return { nodes, passes, firstPassing, findMatches };
 }
 
@@ -366,9 +368,10 @@ function makeImage(context) {
     const { instance: i, keypoint } = model.get("selected"), animal = bundle.instances[i];
     const unit = Math.max(animal.width, animal.height) / 100;
     showImage(animal, 3 * unit);
-    const { category, family, file, labelled } = animal;
+    const { category, family, file, labelled, rank, reason } = animal;
+    const wanted = rank ? ` · suggested, no. ${rank}: ${reason}` : "";
     caption.replaceChildren(h("b", {}, category),
-      ` (${family}) · ${file} · ${labelled ? "labelled by a person" : "unlabelled"}`);
+      ` (${family}) · ${file} · ${labelled ? "labelled by a person" : "unlabelled"}${wanted}`);
     const all = names.map((_, k) => facts(i, k));
     const onRight = (bone) => bone.some((k) => sides[k] === "right");
     const lines = bones.filter((bone) => bone.every((k) => known(all[k].target)))

@@ -17,8 +17,7 @@ import torch
 
 from ..config import Config
 from ..data.boxes import BOX_SCORE, as_box
-from ..data.labels import overlap
-from ..data.values import keypoint_box
+from ..data.values import keypoint_box, overlap
 from .boxes import CONFIDENT, load_detector
 from .frames import Frame, Source
 from .network import Answers, PoseNetwork, join_answers
