@@ -43,7 +43,7 @@ from .suggest import Marks, read_suggested
 from ..predict.predictor import find_poses
 from ..record import Record, by_instance
 from ..relabel import DECISION_COLOURS, Decision, agreement_distance
-from ..run.figures import STYLE, curves, html_table
+from ..run.figures import STYLE, curves, html_table, usage_html
 from ..run.folder import read_rows
 
 # %% ../../nbs/ledger/explorer.ipynb #pack
@@ -326,6 +326,7 @@ def report_page(run: Path | str, most: int = 60, seed: int = 0, suggested: Path 
     sections = _audit_sections(ledger, poses, judged) if judged["label_right"].notna().any() else {}
     if (run / "metrics.csv").is_file():
         sections["Curves"] = figure_html(curves(read_rows(run / "metrics.csv")), "curves")
+    sections["Use this network"] = usage_html(run)
     css, js, page = ((ASSETS / n).read_text(encoding="utf-8") for n in ("explorer.css", "explorer.js", "report.html"))
     return Template(page).substitute(
         name=escape(run.name),

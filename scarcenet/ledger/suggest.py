@@ -312,7 +312,7 @@ def draw_suggested(poses: PoseSet, reasons: list[str], columns: int = 4) -> Figu
             draw_pose(ax, poses.truth.xy[n], poses.schema, hollow=poses.truth.visible[n] == 1, size=14)
         ax.set(xlim=(middle[0] - side, middle[0] + side), ylim=(middle[1] + side, middle[1] - side))
         ax.set(xticks=[], yticks=[])
-        ax.set_xlabel(textwrap.fill(f"{number}. {reason}", 40), fontsize=6.5, parse_math=False)
+        ax.set_xlabel(textwrap.fill(f"{number}. {reason}", 34), fontsize=8, parse_math=False)
     return figure
 
 # %% ../../nbs/ledger/suggest.ipynb #read

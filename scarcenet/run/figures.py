@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'KINDS', 'STYLE', 'FIGURES', 'PAGE', 'curves', 'decisions', 'poses_grid', 'by_oks', 'samples_grid',
-           'html_table', 'write_page', 'save_figure']
+           'html_table', 'usage_html', 'write_page', 'save_figure']
 
 # %% ../../nbs/run/figures.ipynb #imports
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -160,7 +161,7 @@ def samples_grid(poses: PoseSet, rows: Sequence[int] | np.ndarray, columns: int 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:860px;margin:2em auto;padding:0 1em;color:#222}
 img{max-width:100%}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:.25em .9em;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}
-h2{margin-top:2em}.note{color:#666}"""
+h2{margin-top:2em}.note{color:#666}pre{overflow-x:auto;background:#f6f6f6;padding:.8em;font-size:13px}"""
 
 # of each figure: its heading, and the note below it
 FIGURES = {
@@ -205,6 +206,21 @@ def html_table(rows: dict[str, dict], columns: Sequence[str], title: str = "") -
     return f"<table>{head}{body}</table>"
 
 # %% ../../nbs/run/figures.ipynb #write-page
+def usage_html(run: Path) -> str:
+    """What to type to use the networks of a run, as HTML."""
+    name = shlex.quote(str(run))
+    lines = (
+        f"scarcenet predict {name} videos images --out poses.csv --draw drawn   # poses of videos, folders, images",
+        f"scarcenet suggest {name} --count 20 --out next                        # which images to label next",
+        f"scarcenet export {name} --out net.onnx                                # one file, for other programs",
+        "",
+        "import scarcenet as sn",
+        f"for poses in sn.Predictor({str(run)!r}).predict('video.mp4'):",
+        "    print(poses.frame, poses.xy, poses.score)",
+    )
+    return f"<pre>{escape(chr(10).join(lines))}</pre>"
+
+
 def write_page(folder: Path, tables: dict[str, str]) -> Path:
     """index.html of a run: its summary, `tables` (heading -> HTML) and whichever of its figures are there."""
     summary = read_json(folder / "summary.json")
@@ -215,6 +231,7 @@ def write_page(folder: Path, tables: dict[str, str]) -> Path:
         for name, (title, note) in FIGURES.items()
         if (folder / "figures" / f"{name}.png").is_file()
     ]
+    parts.append(f"<h2>Use this network</h2>{usage_html(folder)}")
     text = PAGE.format(name=escape(folder.name), style=STYLE, facts=escape(facts), body="".join(parts))
     with atomic(folder / "index.html") as part:
         part.write_text(text, encoding="utf-8")
