@@ -227,7 +227,7 @@ def test_the_page_decides_as_python_does(run, page):
 def test_the_report(run, page, tmp_path):
     ledger = open_ledger(run)
     html = report_page(run, most=12)
-    assert f"scarcenet predict {run}" in html  # how to use the network
+    assert f"scarcenet predict {run.name}" in html  # how to use the network
     assert len(html.encode()) < 15e6 and "http" not in html.replace("http://www.w3.org", "")
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
     page.goto(f"file://{tmp_path / 'report.html'}")

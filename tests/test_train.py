@@ -451,7 +451,7 @@ def test_page(finished):
     """It needs nothing but its figures beside it, and has every network's scores."""
     folder, summary = finished
     text = (folder / "index.html").read_text()
-    assert f"scarcenet predict {folder}" in text
+    assert f"scarcenet predict {folder.name}" in text
     assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
     for figure in (folder / "figures").iterdir():
         assert f'src="figures/{figure.name}"' in text

@@ -207,18 +207,18 @@ def html_table(rows: dict[str, dict], columns: Sequence[str], title: str = "") -
 
 # %% ../../nbs/run/figures.ipynb #write-page
 def usage_html(run: Path) -> str:
-    """What to type to use the networks of a run, as HTML."""
-    name = shlex.quote(str(run))
+    """What to type in the folder that holds a run to use its networks, as HTML."""
+    name = shlex.quote(run.name)
     lines = (
         f"scarcenet predict {name} videos images --out poses.csv --draw drawn   # poses of videos, folders, images",
         f"scarcenet suggest {name} --count 20 --out next                        # which images to label next",
         f"scarcenet export {name} --out net.onnx                                # one file, for other programs",
         "",
         "import scarcenet as sn",
-        f"for poses in sn.Predictor({str(run)!r}).predict('video.mp4'):",
+        f"for poses in sn.Predictor({run.name!r}).predict('video.mp4'):",
         "    print(poses.frame, poses.xy, poses.score)",
     )
-    return f"<pre>{escape(chr(10).join(lines))}</pre>"
+    return f"<p>In the folder that holds {escape(run.name)}:</p><pre>{escape(chr(10).join(lines))}</pre>"
 
 
 def write_page(folder: Path, tables: dict[str, str]) -> Path:
