@@ -450,11 +450,11 @@ def test_frames_of_videos(avi, tmp_path):
     new = read_coco(tmp_path / "set" / "annotations" / "train.json")
     assert [number_of(read_image(i.file)) for i in new.instances] == [7, 30]
     assert [i.file.relative_to(new.folder).as_posix() for i in new.instances] == ["v/img7.png", "v/img30.png"]
-    numbers = [int(i.file.stem.removeprefix("frame_")) for i in new.empty]
+    numbers = [int(i.file.stem.removeprefix("frame")) for i in new.empty]
     assert numbers == [number_of(read_image(i.file)) for i in new.empty] == sorted(numbers)
     assert len(numbers) == 20 and not {7, 30} & set(numbers)
     assert {i.video for i in new.instances + new.empty} == {"session"}
-    assert new.empty[0].file.parent.name == "session" and len(new.empty[0].file.stem) == len("frame_000123")
+    assert new.empty[0].file.parent.name == "session" and len(new.empty[0].file.stem) == len("frame000123")
 
 
 def test_a_labelled_image_of_the_video_is_not_taken_again(avi, tmp_path):

@@ -675,6 +675,33 @@ def test_an_interrupted_drawing_is_a_video(pose, walk, tmp_path):
     assert sum(1 for _ in read_frames(tmp_path / "a.mp4")) == 70
 
 
+def test_only_its_own_drawing_is_written_anew(pose, walk, tmp_path, capsys):
+    """Neither a source nor a file that it did not begin is overwritten, with `resume` either."""
+    film, other = tmp_path / "film.mp4", tmp_path / "other.mp4"
+    film.write_bytes(walk.read_bytes())
+    other.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="film.mp4: is a source"):
+        pose.predict(film, boxes="pose").save(tmp_path / "a.csv", draw=film, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(pose.predict(film, boxes="pose"), 2).save(tmp_path / "a.csv", draw=tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match="begun with other drawing"):
+        pose.predict(film, boxes="pose").save(tmp_path / "a.csv", draw=other, resume=True)
+    with pytest.raises(ValueError, match="already there"):
+        pose.predict(film, boxes="pose").draw(other)
+    assert main(["predict", str(pose.file), str(film), "--draw", str(other), "--resume"]) == 1
+    assert "a drawing alone begins anew" in capsys.readouterr().err
+    assert film.read_bytes() == walk.read_bytes() and other.read_bytes() == b"mine"
+
+
+def test_labels_and_predictions_name_a_frame_alike(pose, walk, tmp_path):
+    """Boxes of frames that an import took are found in the video."""
+    pytest.importorskip("sleap_io")
+    sn.import_set([walk.with_suffix(".slp")], tmp_path / "labels", unlabelled=[walk], frames=5)
+    names = {f.relative_to(tmp_path / "labels/images").as_posix() for f in (tmp_path / "labels/images").rglob("*.png")}
+    (source,) = find_sources(walk)
+    assert names & {source.frame_name(n) for n in range(70)}
+
+
 def test_a_folder_of_drawings(pose, walk, tmp_path):
     (tmp_path / "in" / "sub").mkdir(parents=True)
     for name in ("a.png", "a.jpg", "sub/b.png"):

@@ -64,7 +64,9 @@ def predict(
     if out:
         found.save(out, draw=draw, resume=resume, progress=show_progress())
     elif draw:
-        found.draw(draw, resume=resume, progress=show_progress())
+        if resume:
+            raise ValueError(f"{draw}: a drawing alone begins anew: remove it, and go without --resume")
+        found.draw(draw, progress=show_progress())
     seconds = time.perf_counter() - start
     what = f"{found.table.items} frames, {len(predictor.names)} keypoints, boxes: {found.boxes}"
     print(f"{what}; {seconds:.1f} s: {', '.join(str(file) for file in (out, draw) if file)}")

@@ -301,7 +301,7 @@ def write_unlabelled(
             count, taken = 0, {}
             for index, pixels in chosen:
                 count += 1
-                image = folder.add(pixels, f"{video.stem}/frame_{index:06d}.png", video.stem, new=True)
+                image = folder.add(pixels, f"{video.stem}/frame{index:06d}.png", video.stem, new=True)
                 if image:
                     taken[index] = image
             if count < frames:

@@ -111,10 +111,11 @@ class PoseTable:
             start += len(chunk)
             yield chunk
 
-    def move(self, file: Path) -> None:
-        """Have the rows in `file` from now on."""
+    def move(self, file: Path, about: dict) -> None:
+        """Have the rows in `file` from now on, and what they depend on."""
         content = self.read()
-        head = os.pread(self.stream.fileno(), self.offset, 0)
+        head = json.dumps(about).encode() + b"\n"
+        self.offset = len(head)
         self.stream.close()
         self.file, self.stream = file, open(file, "w+b")
         self.stream.write(head + content.tobytes())

@@ -141,6 +141,7 @@ class Predictions:
         check_format(path, self.sources)
         if draw:
             is_one_video(Path(draw), self.sources)
+        self._refuse_sources(path, *([Path(draw)] if draw else ()))
         if not resume:
             self._refuse(path)
             if draw:
@@ -151,9 +152,9 @@ class Predictions:
             raise ValueError(f"{path}: finished; nothing is left to resume")
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._table is None:
-            self._table = PoseTable(len(self.schema), rest, self._about(), resume)
+            self._table = PoseTable(len(self.schema), rest, self._about(draw), resume)
         else:
-            self._table.move(rest)
+            self._table.move(rest, self._about(draw))
         try:
             self._run(draw, progress)
         except KeyboardInterrupt:
@@ -165,15 +166,20 @@ class Predictions:
         self.table.remove()
         return path
 
-    def draw(self, path: str | os.PathLike, *, resume: bool = False, progress: bool = False) -> Path:
+    def draw(self, path: str | os.PathLike, *, progress: bool = False) -> Path:
         """Write the frames with their poses drawn into them, as an .mp4 or into a folder; returns its path.
 
-        An interruption leaves what is done; with `resume` it is written anew.
+        An interruption leaves what is done.
         """
-        if not resume:
-            self._refuse(Path(path))
+        self._refuse(Path(path))
         self._run(path, progress)
         return Path(path)
+
+    def _refuse_sources(self, *files: Path) -> None:
+        """ValueError if one of the files that are to be written is a source."""
+        for file in files:
+            if any(s.file and file.exists() and file.samefile(s.file) for s in self.sources):
+                raise ValueError(f"{file}: is a source; choose another name")
 
     @staticmethod
     def _refuse(file: Path) -> None:
@@ -216,8 +222,8 @@ class Predictions:
             self._work = None  # a later call begins where the table ends
             raise
 
-    def _about(self) -> dict[str, object]:
-        """What the poses depend on: the names of what must not change before they are taken up again."""
+    def _about(self, draw: str | os.PathLike | None = None) -> dict[str, object]:
+        """What the poses and their drawing depend on: what must not change before they are taken up again."""
         files = [(s.file, os.path.getsize(s.file) if s.file else s.frames) for s in self.sources]
         boxes = blake2b(Path(self.boxes).read_bytes()).hexdigest() if Path(self.boxes).is_file() else self.boxes
         config = self.network.config
@@ -228,5 +234,6 @@ class Predictions:
             "boxes": [boxes, config.detector, *config.detector_classes] if boxes == "detector" else boxes,
             "settings": settings,
             "exif": self.upright,
+            "drawing": os.path.abspath(draw) if draw else "",
             "keypoints": list(self.names),
         }
