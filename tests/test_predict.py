@@ -371,15 +371,16 @@ def test_a_detector_sees_each_frame_once(pose, walk, monkeypatch):
         def __init__(self, config, device):
             assert config.detector == "fasterrcnn_resnet50_fpn_v2"
 
-        def __call__(self, name, image):
-            seen.append(name)
+        def find(self, image):
+            seen.append(image)
             n = len(seen) - 1
             boxes = [[10 + n, 10, 40, 40], [11 + n, 11, 40, 38], [70 - n / 2, 40, 30, 30]]
-            return np.array([] if n == 3 else boxes if n < 10 else boxes[::-1], np.float32).reshape(-1, 4)
+            boxes = np.array([] if n == 3 else boxes if n < 10 else boxes[::-1], np.float32).reshape(-1, 4)
+            return boxes, np.ones(len(boxes))
 
     monkeypatch.setattr(follow, "Detector", Fake)
     found = list(pose.predict(walk, boxes="detector"))
-    assert seen == [f"herd/frame{n:06d}.png" for n in range(70)]
+    assert len(seen) == 70 and all(np.array_equal(a, b) for a, (_, b) in zip(seen, read_frames(walk), strict=True))
     assert [len(p.id) for p in found[:6]] == [2, 2, 2, 0, 2, 2]
     left = [p.box[p.id == 1][0, 0] for p in found if len(p.id) and p.frame < 30]
     assert np.abs(np.diff(left)).max() < 3

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AGAIN', 'STEP', 'MEMORY', 'SAME', 'Finder', 'Looker', 'Found', 'whole_boxes', 'WholeImages', 'hulls', 'look_again',
-           'LastPose', 'distinct', 'Boxed', 'Detector', 'FileBoxes', 'open_looker']
+           'LastPose', 'distinct', 'Boxed', 'FileBoxes', 'open_looker']
 
 # %% ../../nbs/predict/follow.ipynb #imports
 import re
@@ -18,7 +18,7 @@ import torch
 from ..config import Config
 from ..data.boxes import BOX_SCORE, as_box
 from ..data.values import keypoint_box, overlap
-from .boxes import CONFIDENT, load_detector
+from .boxes import CONFIDENT, Detector
 from .frames import Frame, Source
 from .network import Answers, PoseNetwork, join_answers
 from ..utils.files import read_json
@@ -201,23 +201,6 @@ class Boxed:
         self.tracks = {int(row["id"]): (int(row["frame"]), row["box"].tolist()) for row in recent}
 
 # %% ../../nbs/predict/follow.ipynb #finders
-class Detector:
-    """The boxes of a detector, `config.detector`, in an image: those of animals, the surest first."""
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        model, numbers = load_detector(config.detector, config.detector_classes)
-        self.model, self.wanted = model.to(device), torch.tensor(numbers, device=device)
-
-    @torch.inference_mode()
-    def __call__(self, name: str, image: np.ndarray) -> np.ndarray:
-        """Boxes (N, 4) with a score of `BOX_SCORE` or more."""
-        shown = torch.from_numpy(np.ascontiguousarray(image)).to(self.wanted.device).permute(2, 0, 1) / 255
-        (found,) = self.model([shown])
-        keep = torch.isin(found["labels"], self.wanted) & (found["scores"] >= BOX_SCORE)
-        corners = found["boxes"][keep].cpu().numpy()
-        return np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), 1)
-
-
 def _tails(name: object) -> list[str]:
     """The last two parts of a name, and the last one."""
     parts = PureWindowsPath(str(name)).parts
@@ -269,7 +252,8 @@ def open_looker(boxes: str, network: PoseNetwork, sources: Sequence[Source]) -> 
     if boxes == "pose":
         return LastPose(network, sources)
     if boxes == "detector":
-        return Boxed(network, sources, Detector(network.config, network.device))
+        detector = Detector(network.config, network.device)
+        return Boxed(network, sources, lambda name, image: detector.find(image)[0])
     if not Path(boxes).is_file():
         raise FileNotFoundError(f"boxes {boxes!r}: expected image, pose, detector, or a COCO file, and there is none")
     return Boxed(network, sources, FileBoxes(boxes))
