@@ -13,9 +13,7 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from ..config import Config
 from ..data.boxes import BOX_SCORE, as_box
 from ..data.values import keypoint_box, overlap
 from .boxes import CONFIDENT, Detector
