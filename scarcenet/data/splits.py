@@ -129,10 +129,8 @@ def join_parts(parts: Sequence[Labels]) -> Labels:
     joined = parts[0]
     for part in parts[1:]:
         own = part.labelled
-        xy, weight = (
-            np.where(own[:, None, None], part.xy, joined.xy),
-            np.where(own[:, None], part.weight, joined.weight),
-        )
+        xy = np.where(own[:, None, None], part.xy, joined.xy)
+        weight = np.where(own[:, None], part.weight, joined.weight)
         joined = Labels(xy, weight, joined.labelled | own)
     return joined
 
