@@ -40,7 +40,7 @@ THUMBNAIL = 320  # px wide
 COMMANDS = {"suggest"}  # public names that are commands, too: in a text one cannot tell which is meant
 # the run of the page "A run to look into": what `scarcenet demo` does, with fewer and smaller images
 RUN = "demo --size 64 --epochs 3 --supervised-epochs 3 --supervised-repeat 8 --evaluate-every 3 --device cpu".split()
-SET = dict(train=192, val=24, test=24, seed=0)
+SET = dict(train=128, val=24, test=24, seed=0)
 
 DIRECTIVE = re.compile(r"^#\|.*\n?", re.M)
 # in Markdown: what is left alone (fences, links), or a name in backticks
