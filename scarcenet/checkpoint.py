@@ -9,7 +9,7 @@ __all__ = ['State', 'adam', 'start', 'save_checkpoint', 'load_checkpoint']
 import hashlib
 import json
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ class State:
     step: int = 0  # finished steps of this stage
     pseudo: Keypoints | None = None  # (N, K) in image px, once stage 2 is over
     labels: str = ""  # a digest of the labels that it learns from
+    scale: dict[str, float] = field(default_factory=dict)  # float16's loss scale (`GradScaler`); empty without one
 
 
 def adam(model: nn.Module, lr: float) -> torch.optim.Adam:
@@ -70,7 +71,9 @@ def save_checkpoint(file: Path, state: State) -> None:
     tensors |= {f"optimiser.{i}.{k}": v for i, s in state.optimiser.state_dict()["state"].items() for k, v in s.items()}
     if state.pseudo is not None:
         tensors |= {f"pseudo.{k}": v for k, v in state.pseudo._asdict().items()}
-    place = dict(stage=state.stage, epoch=state.epoch, step=state.step, labels=state.labels)
+    place: dict = dict(stage=state.stage, epoch=state.epoch, step=state.step, labels=state.labels)
+    if state.scale:
+        place["scale"] = state.scale
     write_tensors(file, tensors, place)
 
 # %% ../nbs/core/checkpoint.ipynb #load
@@ -90,6 +93,7 @@ def load_checkpoint(file: Path, config: Config, data: TrainingSet) -> State:
         state.student.load_state_dict(parts["student"])
         state.teacher.load_state_dict(parts["teacher"])
         state.stage, state.epoch, state.step = place["stage"], int(place["epoch"]), int(place["step"])
+        state.scale = dict(place.get("scale", {}))
     except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as e:
         reason = " ".join(str(e).split())[:300]
         raise ValueError(f"{file}: no checkpoint of this run ({reason})") from None

@@ -71,7 +71,10 @@ def make_engine(config: Config, state: State) -> Engine:
     student = prepare_model(state.student, config.precision, config.compile, ddp=True)
     teacher = prepare_model(state.teacher, config.precision, config.compile)
     device = next(student.parameters()).device.type
-    return Engine(student, teacher, torch.amp.GradScaler(device, enabled=student.format == torch.float16))
+    scaler = torch.amp.GradScaler(device, enabled=student.format == torch.float16)
+    if state.scale and scaler.is_enabled():
+        scaler.load_state_dict(state.scale)
+    return Engine(student, teacher, scaler)
 
 
 def descend(engine: Engine, optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -182,6 +185,7 @@ def train_epochs(
                 records.append(Record.from_step(step, batch, n))
             bar.update()
         state.epoch += 1
+        state.scale = engine.scaler.state_dict()
         same_statistics(state.student, state.teacher)
         loss, supervised, consistency = all_reduce_mean(losses / steps).tolist()
         yield Epoch(
@@ -207,7 +211,7 @@ def begin_scarcenet(config: Config, data: TrainingSet, state: State, progress: b
     state.pseudo = make_pseudo(state.student, data.crops, config, schema=data.schema, progress=progress)
     state.teacher.load_state_dict(state.student.state_dict())
     state.optimiser = adam(state.student, config.lr)
-    state.stage, state.epoch, state.step = SCARCENET.name, 0, 0
+    state.stage, state.epoch, state.step, state.scale = SCARCENET.name, 0, 0, {}
     return state
 
 # %% ../nbs/09_training.ipynb #fit

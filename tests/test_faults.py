@@ -59,7 +59,7 @@ def refused(capsys, argv, *words, code=1):
         assert str(word) in err, err
     after = snapshot(Path.cwd())
     assert before.items() <= after.items(), "a file was changed or removed"
-    assert not [p for p in after if p.suffix == ".part"]
+    assert not [*Path.cwd().rglob("*.part"), *Path.cwd().rglob(".lock")]
 
 
 def train(*flags, out="new"):

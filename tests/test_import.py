@@ -32,6 +32,7 @@ from scarcenet.data.sources import (
     read_frames,
     spread,
 )
+from scarcenet.utils import files
 from scarcenet.utils.files import read_json, write_json
 
 CODECS = [("clip.mp4", "mp4v"), ("clip.avi", "MJPG")]
@@ -800,8 +801,9 @@ def test_an_import_that_is_killed(project, tmp_path, how, code, left):
     _, error = process.communicate(timeout=30)
     assert process.returncode == code and "Traceback" not in error
     assert len(list(tmp_path.iterdir())) == left
-    others = [tmp_path / f".set.{os.getppid()}.part", tmp_path / ".set.more.1.part", tmp_path / ".other.99999999.part"]
-    for other in others:  # of a process that is at work, and of other sets
+    names = [f".set.{files._TAG}.{os.getppid()}.part", ".set.00000000.99999999.part", ".set.1.part"]
+    others = [tmp_path / name for name in names]
+    for other in others:  # of a process that is at work, of another machine, of another program
         other.mkdir()
     import_set([project], tmp_path / "set")
     assert {f.name for f in tmp_path.iterdir()} == {"set", *(f.name for f in others)}

@@ -17,6 +17,7 @@ from scarcenet.run.folder import open_run
 from scarcenet.run.load import load_run_data
 from scarcenet.run.train_run import train_in_folder
 from scarcenet.train import fit
+from scarcenet.utils import files
 
 QUICK = dict(
     labels=1,
@@ -196,10 +197,12 @@ def test_resuming_writes_no_epoch_twice(run, tmp_path):
     finally:
         train_run.save_checkpoint = real
     assert open_ledger(tmp_path / "run").epochs == (1, 2)
-    (tmp_path / "run/ledger/.epoch-0003.parquet.1.part").write_bytes(b"PAR1torn")
+    left = tmp_path / f"run/ledger/.epoch-0003.parquet.{files._TAG}.99999999.part"  # of a process that was killed
+    left.mkdir()
+    (left / "epoch-0003.parquet").write_bytes(b"PAR1torn")
     train_in_folder(config, open_run(tmp_path / "run", config, resume=True), run_data, resume=True)
     ledger = open_ledger(tmp_path / "run")
-    assert ledger.epochs == (1, 2, 3)
+    assert ledger.epochs == (1, 2, 3) and not left.exists()
     for name in ("epoch-0002.parquet", "epoch-0003.parquet", "labels.parquet"):
         assert (ledger.folder / name).read_bytes() == (folder / "ledger" / name).read_bytes()
 

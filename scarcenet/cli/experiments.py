@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from ..config import PRESETS, Config
-from ..utils.files import new_file, write_json
+from ..utils.files import FULL, new_file, write_json
 
 # %% ../../nbs/cli/experiments.ipynb #helpers
 _AP10K = "AP-10K with {} labelled images of each species; its folder is named with --data"
@@ -42,11 +42,15 @@ def show_progress() -> bool:
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """Add to a KeyboardInterrupt how the run goes on."""
+    """Add to an interruption, and to the error of a full disk, how the run goes on."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{folder}: go on with --resume") from None
+    except KeyboardInterrupt as e:
+        raise type(e)(f"{folder}: go on with --resume") from None
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        raise OSError(e.errno, f"{e.strerror}; then go on with --resume", e.filename) from None
 
 # %% ../../nbs/cli/experiments.ipynb #ablate
 def ablate(
@@ -65,10 +69,12 @@ def ablate(
     from scarcenet.evaluate import format_table
     from scarcenet.experiments.ablation import DIFFERENCES, METHODS, run_ablation
     from scarcenet.experiments.study import TABLE_COLUMNS, summary
-    from scarcenet.run.folder import open_run
+    from scarcenet.run.folder import run_folder
 
     methods = DIFFERENCES if differences else METHODS
-    with resumable(open_run(out, config, resume)):
+    with run_folder(out, config, resume):
+        """Other processes may add rows, too."""
+    with resumable(out):
         rows = list(run_ablation(config, out, seeds=seeds, methods=methods, progress=show_progress()))
     for network in ("student", "teacher"):
         scores = summary(rows, rows[0]["labels"], network)
@@ -97,10 +103,12 @@ def study(
         resume: keep the rows that are there already, and go on
     """
     from scarcenet.experiments.study import STUDY_METHODS, study_report
-    from scarcenet.run.folder import open_run
+    from scarcenet.run.folder import run_folder
 
     chosen = methods or tuple(STUDY_METHODS)
-    with resumable(open_run(out, config, resume)):
+    with run_folder(out, config, resume):
+        """Other processes may add rows, too."""
+    with resumable(out):
         report = study_report(config, out, counts=counts, seeds=seeds, methods=chosen, progress=show_progress())
         for line in report:
             print(line, flush=True)
@@ -121,9 +129,9 @@ def suggest_study(
     """
     from scarcenet.evaluate import format_table
     from scarcenet.experiments.suggest import arm_table, run_arms
-    from scarcenet.run.folder import open_run, read_rows
+    from scarcenet.run.folder import read_rows, run_folder
 
-    with resumable(open_run(out, config, resume)):
+    with resumable(out), run_folder(out, config, resume):
         for row in run_arms(config, out, seeds=seeds, count=count, progress=show_progress()):
             print(f"{row['arm']}, seed {row['seed']}: AP {row['AP']:.3f}, {row['seconds']:.0f} s", flush=True)
     rows = read_rows(out / "rows.csv")

@@ -21,6 +21,7 @@ from .ledger import accepted, explain, report, suggest
 from .predict import export, predict
 from ..config import PRESETS
 from ..utils.files import new_file
+from ..utils.subprocess import Terminated, tidy_on_sigterm
 
 # %% ../../nbs/cli/main.ipynb #demo
 def demo(seed: int = 0, out: Path = Path("runs/demo"), resume: Resume = False) -> None:
@@ -250,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def show_warning(message: Warning | str, *_: object, **__: object) -> None:
         print(f"scarcenet: {message}", file=sys.stderr)
 
-    with warnings.catch_warnings():
+    with tidy_on_sigterm(), warnings.catch_warnings():
         warnings.showwarning = show_warning
         try:
             command = tyro.extras.subcommand_cli_from_dict(
@@ -263,8 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             command()
             return 0
         except KeyboardInterrupt as e:
-            print(f"\nscarcenet: interrupted{f'; {e}' if str(e) else ''}", file=sys.stderr)
-            return 130
+            what, code = ("ended by SIGTERM", 143) if isinstance(e, Terminated) else ("interrupted", 130)
+            print(f"\nscarcenet: {what}{f'; {e}' if str(e) else ''}", file=sys.stderr)
+            return code
         except BrokenPipeError:  # the reader of a pipe has closed it
             sys.stderr.close()
             return 1

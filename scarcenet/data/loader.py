@@ -9,13 +9,13 @@ __all__ = ['CACHE_MARGIN', 'IMAGENET_MEAN', 'IMAGENET_STD', 'CropCache', 'read_i
 
 # %% ../../nbs/01_data.ipynb #imports
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import cv2
@@ -244,17 +244,17 @@ def _mapped(instances: Sequence[Instance], cached: Tensor, size: int, folder: Pa
     content = b"".join((b"crops 2", cached.numpy().tobytes(), *(digests[i.file] for i in instances)))
     file = folder / f"{blake2b(content, digest_size=16).hexdigest()}.crops"
     one = 12 * size**2  # bytes of a cached crop
-    total = one * len(instances)
+    total, turn = one * len(instances), Lock()
     with main_process_first():
         if not file.is_file() or file.stat().st_size != total:
-            try:
-                with atomic(file) as part, open(part, "wb") as f:
-                    _decode(
-                        instances, cached, size, lambda n, c: os.pwrite(f.fileno(), c.numpy().data, n * one), progress
-                    )
-            except OSError as e:
-                reason = f"{total / 2**20:.0f} MiB of cached crops cannot be kept there ({e.strerror})"
-                raise ValueError(f"{folder}: {reason}") from None
+            with atomic(file) as part, open(part, "wb") as f:
+
+                def keep(n: int, cut: Tensor) -> None:
+                    with turn:  # several threads decode
+                        f.seek(n * one)
+                        f.write(cut.numpy().data)
+
+                _decode(instances, cached, size, keep, progress)
     return torch.from_file(str(file), shared=False, size=total, dtype=torch.uint8)
 
 # %% ../../nbs/01_data.ipynb #normalise

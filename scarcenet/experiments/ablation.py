@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'DIFFERENCES', 'USED_DECISIONS', 'LABEL_COLUMNS', 'STAGE_3_FIELDS', 'matched_steps', 'row_columns',
-           'evaluate_epochs', 'label_columns', 'Cell', 'labels_of', 'grid_cells', 'read_grid', 'lock_of', 'add_row',
+           'evaluate_epochs', 'label_columns', 'Cell', 'labels_of', 'grid_cells', 'read_grid', 'add_row',
            'until_stage_3', 'begin', 'scale_repeats', 'train_grid', 'run_ablation']
 
 # %% ../../nbs/experiments/ablation.ipynb #imports
-import fcntl
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from ..train import SCARCENET, Epoch, begin_scarcenet, fit
 from ..utils.device import describe, pick_device
 from ..utils.distributed import require_single_process
 from ..utils.files import write_json
+from ..utils.lock import locked
 
 # %% ../../nbs/experiments/ablation.ipynb #methods
 # each method is ScarceNet with parts of it switched off; without stage 3, its stage 1 is as long as all stages together
@@ -171,18 +171,12 @@ def read_grid(file: Path, columns: Sequence[str] = ()) -> dict[Cell, dict]:
     return cells
 
 
-def lock_of(file: Path) -> Path:
-    """The file that a process locks while it adds a row to a grid's csv."""
-    return file.with_suffix(".lock")
-
-
 def add_row(file: Path, row: dict) -> None:
     """Add a row to a grid's csv, whole or not at all; an older row of the same cell is replaced.
 
     Two processes may add rows at the same time.
     """
-    with open(lock_of(file), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(file.with_name(f".{file.name}.lock"), wait=True):
         rows = read_grid(file, tuple(row))
         rows[Cell(row["labels"], int(row["seed"]), row["method"])] = row
         write_rows(file, list(rows.values()))
@@ -278,7 +272,7 @@ def train_grid(
             raise ValueError(f"{run_data.train.file}: no {min(missing)} split beside it: methods are compared on both")
         columns = row_columns(run_data.evaluated["test"], config)
         read_grid(file, columns)  # fail before the training, not after it
-        lock_of(file).touch()  # from now on, `open_run` gives the folder to no other run
+        file.touch()  # from now on, `open_run` gives the folder to no other run
         base = scale_repeats(base, config, run_data.train)
         settings = replace(base, **methods[cell.method])
         row = _train_cell(cell, config, run_data, base=base, settings=settings, folder=folder, progress=progress)

@@ -15,7 +15,7 @@ import torch
 
 from ..config import Config
 from ..data.loader import steps_per_epoch
-from ..run.folder import open_run
+from ..run.folder import open_run, run_folder
 from ..run.load import load_run_data
 from ..run.train_run import train_in_folder, write_summary
 from ..utils.distributed import require_single_process
@@ -50,10 +50,15 @@ def run_demo(config: Config, folder: Path, resume: bool = False, progress: bool 
     Returns summary.json's content. The two trainings run in two processes, each with half of the threads.
     """
     require_single_process("the demo")
+    with run_folder(folder, config, resume):
+        return _run_both(config, folder, resume, progress)
+
+
+def _run_both(config: Config, folder: Path, resume: bool, progress: bool) -> dict:
+    """`run_demo`, in a folder that is open."""
     began = time.perf_counter()
     threads = torch.get_num_threads()
     half = max(1, threads // 2)
-    open_run(folder, config, resume)
     run_data = load_run_data(config, folder, progress)
     longer = matched_supervised(config, int(run_data.data.labels.labelled.sum()), len(run_data.train))
     work = (longer, folder / "baseline", folder, resume)
@@ -81,5 +86,5 @@ def run_demo(config: Config, folder: Path, resume: bool = False, progress: bool 
 
 def train_files(config: Config, folder: Path, home: Path, resume: bool) -> dict:
     """`train_in_folder`, which reads its data by itself: for a process of its own, to which nothing large is sent."""
-    open_run(folder, config, resume and folder.exists())
+    open_run(folder, config, resume and (folder / "config.json").is_file())
     return train_in_folder(config, folder, load_run_data(config, home), resume=resume)

@@ -10,6 +10,7 @@ __all__ = ['METADATA', 'public_state', 'write_tensors', 'ModelInfo', 'save_weigh
 import _compat_pickle  # Python's own table of what its modules were called before version 3
 import json
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -56,7 +57,10 @@ def write_tensors(file: Path | str, tensors: dict[str, Tensor], metadata: dict[s
         try:
             safetensors.torch.save_file(on_cpu, part, metadata={METADATA: json.dumps(metadata)})
         except safetensors.SafetensorError as error:
-            raise OSError(f"{file}: cannot be written ({' '.join(str(error).split())})") from None
+            reason = " ".join(str(error).split())
+            if number := re.search(r"\(os error (\d+)\)", reason):
+                raise OSError(int(number[1]), reason, str(part)) from None
+            raise OSError(f"{file}: cannot be written ({reason})") from None
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class Drawing:
         image = np.array(frame.pixels)  # a copy, in rows one after the other
         draw_poses(image, poses, self.pen, numbers=self.numbers)
         if not (self.single or source.video):
-            with atomic(self._name(source, ".jpg")) as part:
+            with atomic(self._name(source, ".jpg"), sync=False) as part:
                 done = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
                 part.write_bytes(done.tobytes())
             return

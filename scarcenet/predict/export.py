@@ -124,10 +124,7 @@ def export_onnx(predictor: Predictor, file: Path | str, *, flip_test: bool = Tru
         raise ValueError(f"{predictor.file}: cannot be exported with opset {opset} ({reason})") from None
     content = finish(program, about)
     with atomic(file) as part:
-        try:
-            part.write_bytes(content)
-        except OSError as error:
-            raise OSError(f"{file}: cannot be written ({error.strerror})") from None
+        part.write_bytes(content)
         return compare(part, views, expected)
 
 

@@ -8,6 +8,7 @@ __all__ = ['Poses', 'row_type', 'PoseTable', 'poses_in', 'data_frame']
 # %% ../../nbs/predict/poses.ipynb #imports
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -99,8 +100,8 @@ class PoseTable:
         """Rows from `start` on, up to `stop`, in memory."""
         stop = self.count if stop is None else min(stop, self.count)
         size = self.type.itemsize
-        content = os.pread(self.stream.fileno(), max(0, stop - start) * size, self.offset + start * size)
-        return np.frombuffer(content, self.type)
+        self.stream.seek(self.offset + start * size)
+        return np.frombuffer(self.stream.read(max(0, stop - start) * size), self.type)
 
     def chunks(self, start: int = 0, rows: int = 4096) -> Iterator[np.ndarray]:
         """All rows from `start` on that are there by now, some at a time; the rows of a frame stay together."""
@@ -113,18 +114,28 @@ class PoseTable:
 
     def move(self, file: Path, about: dict) -> None:
         """Have the rows in `file` from now on, and what they depend on."""
-        content = self.read()
-        head = json.dumps(about).encode() + b"\n"
-        self.offset = len(head)
+        self._move_to(open(file, "w+b"), json.dumps(about).encode() + b"\n")
+        self.file = file
+
+    def _move_to(self, stream: IO[bytes], head: bytes) -> None:
+        """Have the rows in another open file from now on, after `head`."""
+        stream.write(head)
+        self.stream.seek(self.offset)
+        shutil.copyfileobj(self.stream, stream)
+        stream.flush()
         self.stream.close()
-        self.file, self.stream = file, open(file, "w+b")
-        self.stream.write(head + content.tobytes())
-        self.stream.flush()
+        self.stream, self.offset = stream, len(head)
 
     def remove(self) -> None:
         """Remove the file's name; the rows are there as long as the table is."""
-        if self.file:
+        if not self.file:
+            return
+        try:
             self.file.unlink(missing_ok=True)
+        except PermissionError:  # Windows removes no open file
+            file, self.file = self.file, None
+            self._move_to(tempfile.TemporaryFile(), b"")
+            file.unlink()
 
     def close(self) -> None:
         """Close the file."""

@@ -9,6 +9,7 @@ __all__ = ['SCORER', 'SAVERS', 'animal_ids', 'as_labels', 'saver', 'check_format
 import csv
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -279,11 +280,11 @@ def save_table(path: Path, table: PoseTable, schema: KeypointSchema, sources: Se
     """Write a table's poses in the format that the ending of `path` names; ValueError of one line if it cannot be."""
     write = saver(path)
     with atomic(path) as part:
-        own = part.with_name(f"{part.name}{path.suffix}")  # some libraries look at the ending
         try:
-            write(own, table, schema, sources)
-            own.replace(part)
+            write(part, table, schema, sources)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        finally:
-            own.unlink(missing_ok=True)
+        except RuntimeError as error:  # of HDF5: the system's number is in its words
+            if number := re.search(r"errno = (\d+)", str(error)):
+                raise OSError(int(number[1]), str(error), str(part)) from None
+            raise ValueError(f"{path}: cannot be written ({' '.join(str(error).split())})") from None

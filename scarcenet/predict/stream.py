@@ -157,11 +157,11 @@ class Predictions:
             self._table.move(rest, self._about(draw))
         try:
             self._run(draw, progress)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             if self.table.count:
                 save_table(path, self.table, self.schema, self.sources)
             done = f"{self.table.items} of {self.frames or 'all'} frames are done"
-            raise KeyboardInterrupt(f"{path}: {done}; go on with --resume") from None
+            raise type(interrupt)(f"{path}: {done}; go on with --resume") from None
         save_table(path, self.table, self.schema, self.sources)
         self.table.remove()
         return path

@@ -32,13 +32,14 @@ from ..pseudo_labels import join_labels
 from ..record import Record, by_instance, start_ledger, write_epoch, write_labels
 from ..relabel import Decision
 from .figures import by_oks, curves, decisions, html_table, poses_grid, save_figure, write_page
-from .folder import append_metrics, open_run, read_rows, write_config, write_pseudo
+from .folder import append_metrics, read_rows, run_folder, write_config, write_pseudo
 from .load import RunData, held_out, load_run_data, warn_of_set
 from .settings import fit_settings, settings_of_run
 from ..train import SCARCENET, SUPERVISED, Epoch, fit
 from ..utils.device import describe, peak_rss_mb, pick_device
 from ..utils.distributed import barrier, is_main_process
 from ..utils.files import write_json
+from ..utils.subprocess import finish_before_sigterm
 
 # %% ../../nbs/run/train_run.ipynb #public
 @dataclass(frozen=True)
@@ -100,14 +101,14 @@ def train_run(
     config = replace(config, **changes)
     if config.fit_to_data and resume:
         config = settings_of_run(config, Path(out))
-    folder = open_run(Path(out), config, resume)
-    if config.fit_to_data and not resume:
-        config = fit_settings(config, folder)
-        write_config(folder, config)
-    run_data = load_run_data(config, folder, progress)
-    if is_main_process():
-        warn_of_set(config, run_data)
-    return Run(folder, config, train_in_folder(config, folder, run_data, resume=resume, progress=progress))
+    with run_folder(Path(out), config, resume) as folder:
+        if config.fit_to_data and not resume:
+            config = fit_settings(config, folder)
+            write_config(folder, config)
+        run_data = load_run_data(config, folder, progress)
+        if is_main_process():
+            warn_of_set(config, run_data)
+        return Run(folder, config, train_in_folder(config, folder, run_data, resume=resume, progress=progress))
 
 # %% ../../nbs/run/train_run.ipynb #run
 def train_in_folder(
@@ -127,11 +128,12 @@ def train_in_folder(
 
     def keep(epoch: Epoch) -> State:
         """Write an epoch's results; returns its state."""
-        row = measure_epoch(config, run_data, epoch)
-        if is_main_process():  # of several processes one writes
-            append_metrics(folder / "metrics.csv", row)
-            write_outputs(config, folder, run_data, epoch)
-            save_checkpoint(checkpoint, epoch.state)
+        with finish_before_sigterm():
+            row = measure_epoch(config, run_data, epoch)
+            if is_main_process():  # of several processes one writes
+                append_metrics(folder / "metrics.csv", row)
+                write_outputs(config, folder, run_data, epoch)
+                save_checkpoint(checkpoint, epoch.state)
         return epoch.state
 
     if config.epochs and config.boxes == "pose" and run_data.without_box and not (folder / BOXES_FILE).is_file():

@@ -8,14 +8,19 @@ __all__ = ['FORMATS', 'pick_device', 'describe', 'number_format', 'AmpModel', 'p
 
 # %% ../../nbs/utils/device.ipynb #imports
 import ctypes
-import resource
 import sys
 import warnings
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from .distributed import process_device, world_size
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 # %% ../../nbs/utils/device.ipynb #device
 def pick_device(name: str) -> torch.device:
@@ -110,7 +115,9 @@ def prepare_model(model: nn.Module, precision: str = "auto", compile: str = "", 
 
 # %% ../../nbs/utils/device.ipynb #memory
 def peak_rss_mb() -> float:
-    """The most memory that this process or one of its children ever held, MiB."""
+    """The most memory that this process or one of its children ever held, MiB; on Windows, this process alone."""
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10  # getrusage counts bytes on macOS, KiB elsewhere
     own, children = (resource.getrusage(scope) for scope in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return max(own.ru_maxrss, children.ru_maxrss) / unit

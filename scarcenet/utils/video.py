@@ -51,20 +51,17 @@ def open_mp4(
     write = _write_mp4v if (codec or video_codec()) == "mp4v" else _write_h264
     with atomic(file) as part:
         whole = part.with_suffix(".mp4")  # the ending tells OpenCV what to write
-        try:
-            with write(whole, fps, size, codec or video_codec(), preset) as add:
+        with write(whole, fps, size, codec or video_codec(), preset) as add:
 
-                def checked(frame: np.ndarray) -> None:
-                    """Add a frame, if it is one."""
-                    if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
-                        expected = f"expected a frame of ({height}, {width}, 3) uint8"
-                        raise ValueError(f"{file}: {expected}, got {frame.shape} {frame.dtype}")
-                    add(frame)
+            def checked(frame: np.ndarray) -> None:
+                """Add a frame, if it is one."""
+                if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
+                    expected = f"expected a frame of ({height}, {width}, 3) uint8"
+                    raise ValueError(f"{file}: {expected}, got {frame.shape} {frame.dtype}")
+                add(frame)
 
-                yield checked
-            whole.replace(part)
-        finally:
-            whole.unlink(missing_ok=True)
+            yield checked
+        whole.replace(part)
 
 
 @contextmanager
@@ -106,7 +103,9 @@ def _write_mp4v(
 
     try:
         if not writer.isOpened():
-            raise ValueError(f"{file.name}: OpenCV cannot write an mp4 here; install PyAV: pip install av")
+            raise ValueError(
+                f"{file.name}: OpenCV cannot write an mp4 here; is the disk full? or install PyAV: pip install av"
+            )
         yield add
     finally:
         writer.release()

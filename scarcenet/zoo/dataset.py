@@ -143,7 +143,7 @@ def store(job: tuple[int, int], folder: Path, seed: int) -> tuple[dict, list[dic
     image = image_at(split, i, seed)
     number = split * 10**6 + i + 1
     name, (height, width) = f"{number:012d}.jpg", image.pixels.shape[:2]
-    with atomic(folder / "data" / name) as part:
+    with atomic(folder / "data" / name, sync=False) as part:
         _, jpeg = cv2.imencode(".jpg", image.pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
         part.write_bytes(jpeg.tobytes())
     animals = [

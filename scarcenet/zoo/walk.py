@@ -291,12 +291,7 @@ def write_slp(file: Path, video: Path, content: dict) -> None:
     )
     labels.provenance["filename"] = file.name  # not the temporary one
     with atomic(file) as part:
-        whole = part.with_suffix(".slp")
-        try:
-            sleap.save_slp(labels, str(whole), embed=False, verbose=False)
-            whole.replace(part)
-        finally:
-            whole.unlink(missing_ok=True)
+        sleap.save_slp(labels, str(part), embed=False, verbose=False)
 
 
 def write_walk(file: Path | str, frames: int = 250, **options: Any) -> WalkFiles:

@@ -1,0 +1,188 @@
+"""Killed at any moment, ended by a batch system, started twice, on a machine without the modules of Unix."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from campaign_kill import ENV, TINY, campaign, content, start
+from test_processes import LAUNCH
+
+from scarcenet.utils import files, lock
+from scarcenet.utils.lock import Holder, locked, read_holder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_ten_kills(tmp_path):
+    """Of a training, its report, a study and a prediction; python tests/campaign_kill.py has more."""
+    assert campaign(tmp_path / "kills", 10)["wrong"] == []
+
+
+@pytest.fixture(scope="module")
+def whole(zoo, tmp_path_factory):
+    """A run that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = start(["train", *TINY, "", "--data", zoo, "--out", folder / "run"])
+    assert done.wait() == 0
+    return content(folder)
+
+
+def wait_for(file, process):
+    while not file.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_sigterm(zoo, whole, tmp_path):
+    """Exit code 143, one line that says how to go on, and no epoch lost that was being written."""
+    words = ["train", *TINY, "", "--data", zoo, "--out", tmp_path / "run"]
+    process = start(words)
+    wait_for(tmp_path / "run" / "metrics.csv", process)  # the epoch is being written
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143 and "go on with --resume" in error and "Traceback" not in error
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists() and not list((tmp_path / "run").glob(".*"))
+    assert start(words, resume=True).wait() == 0
+    assert content(tmp_path) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_one_of_two_processes_is_killed(zoo, tmp_path):
+    """The other ends, and the run goes on to the same end."""
+    env = ENV | {"ACCELERATE_USE_CPU": "1"}
+
+    def launch(out, *more):
+        words = [*LAUNCH, "-m", "scarcenet", "train", *TINY, "", "--data", zoo, "--out", out, *more]
+        return subprocess.Popen([str(w) for w in words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    assert launch(tmp_path / "a" / "run").wait(300) == 0
+    process = launch(tmp_path / "b" / "run")
+    wait_for(tmp_path / "b" / "run" / "checkpoint.safetensors", process)
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    ranks[0].kill()
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert launch(tmp_path / "b" / "run", "--resume").wait(300) == 0
+    assert content(tmp_path / "b") == content(tmp_path / "a")
+
+
+@pytest.mark.slow
+def test_two_trainings_in_one_folder(zoo, tmp_path):
+    """The second is told of the first, changes nothing, and may go on when the first is dead."""
+    words = ["train", *TINY, "", "--data", zoo, "--out", tmp_path / "run"]
+    first = start(words)
+    wait_for(tmp_path / "run" / ".lock", first)
+    for resume in (False, True):
+        second = start(words, resume)
+        _, error = second.communicate(timeout=60)
+        assert second.returncode == 1 and error.count("\n") == 1
+        assert f"in use by process {first.pid} on {files.HOST}" in error
+        if first.poll() is None:
+            wait_for(tmp_path / "run" / "config.json", first)
+    first.kill()
+    first.wait()
+    assert (tmp_path / "run" / ".lock").exists()
+    assert start(words, resume=True).wait() == 0
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_stale_locks(tmp_path, monkeypatch):
+    """Of a dead process, of a number that is used again, of a machine that shows no sign of life, half written."""
+    monkeypatch.setattr(lock, "LOST", 0.5)
+    monkeypatch.setattr(lock, "BEAT", 0.3)
+    alive = lock.this_process()
+    dead = [Holder(files.HOST, 99999999, 1.0), alive._replace(started=1.0), Holder("elsewhere", 1, 1.0), None]
+    for holder in dead:
+        (tmp_path / ".lock").write_text(json.dumps(holder._asdict()) if holder else '{"host')
+        with locked(tmp_path / ".lock"):
+            assert read_holder(tmp_path / ".lock") == alive
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_of_another_machine(tmp_path, monkeypatch):
+    """It is held as long as its holder touches it."""
+    monkeypatch.setattr(lock, "LOST", 5.0)
+    monkeypatch.setattr(lock, "BEAT", 0.1)
+    with locked(tmp_path / ".lock"):
+        (tmp_path / ".lock").write_text(json.dumps(Holder("node7", 12, 1.0)._asdict()))
+        with pytest.warns(UserWarning, match="sign of life"), pytest.raises(ValueError, match="process 12 on node7"):
+            with locked(tmp_path / ".lock"):
+                pass
+
+
+ADD = """
+import sys
+from pathlib import Path
+from scarcenet.experiments.ablation import add_row
+
+for n in range(20):
+    row = dict(labels="1", seed=n, method=sys.argv[2], seconds=0.0)
+    add_row(Path(sys.argv[1]), row)
+"""
+
+
+def test_two_studies_fill_one_file(tmp_path):
+    """No row is lost."""
+    words = [sys.executable, "-c", ADD, str(tmp_path / "study.csv")]
+    both = [subprocess.Popen([*words, method], env=ENV) for method in ("supervised", "scarcenet")]
+    assert [p.wait(120) for p in both] == [0, 0]
+    assert len((tmp_path / "study.csv").read_text().splitlines()) == 41
+    assert [f.name for f in tmp_path.iterdir()] == ["study.csv"]
+
+
+HIDDEN = """
+import os, sys
+
+for name in ("resource", "fcntl", "pwd", "termios"):
+    sys.modules[name] = None
+del os.pread, os.pwrite
+
+from scarcenet.cli.main import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_without_the_modules_of_unix(zoo, tmp_path, monkeypatch):
+    """As on Windows: a training with a cache on the disk, and a prediction."""
+    program = HIDDEN.replace(
+        "from scarcenet.cli",
+        "import psutil\nfrom scarcenet.utils import device\ndevice.peak_rss_mb = lambda: 1.0\nfrom scarcenet.cli",
+    )  # psutil's number is Windows' own
+    run = [sys.executable, "-c", program]
+    flags = [*TINY, "", "--data", zoo, "--crop-cache-mb", "0", "--cache", tmp_path / "cache"]
+    done = [*run, "train", *flags, "--out", tmp_path / "run"], [*run, "predict", tmp_path / "run", zoo / "data"]
+    for words in (done[0], [*done[1], "--device", "cpu", "--out", tmp_path / "poses.csv"]):
+        result = subprocess.run([str(w) for w in words], env=os.environ, capture_output=True, text=True, timeout=200)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "poses.csv").exists()
+
+
+def test_float16_scale_is_kept(zoo, tmp_path):
+    """A run in float16 that is resumed goes on with the loss scale that it had found."""
+    from dataclasses import replace
+
+    from scarcenet.checkpoint import load_checkpoint, save_checkpoint
+    from scarcenet.config import PRESETS
+    from scarcenet.run.load import load_run_data
+    from scarcenet.train import fit
+
+    config = replace(PRESETS["demo"], network="hrnet_tiny", backbone="", size=32, labels=1, data=str(zoo), device="cpu")
+    config = replace(config, precision="fp16", supervised_epochs=2, supervised_batch=8, supervised_repeat=1, epochs=0)
+    data = load_run_data(config, tmp_path).data
+    epochs = fit(config, data)
+    state = next(epochs).state
+    assert state.scale["_growth_tracker"] or state.scale["scale"] != 65536
+    save_checkpoint(tmp_path / "c.safetensors", state)
+    resumed = load_checkpoint(tmp_path / "c.safetensors", config, data)
+    assert resumed.scale == state.scale
+    last, again = next(epochs), next(fit(config, data, resumed))
+    assert last.loss == again.loss and last.state.scale == again.state.scale
