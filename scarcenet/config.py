@@ -179,7 +179,7 @@ class Config:
     bit only in float32 on a CPU"""
     compile: Literal["", "default", "reduce-overhead", "max-autotune"] = ""
     """torch.compile's mode: default, reduce-overhead (CUDA graphs), max-autotune; empty: not compiled"""
-    crop_cache_mb: float = 8192
+    crop_cache_mb: float = 8192.0
     """cached crops of a split that take more than so many MiB lie in a file in `cache`, not in memory or on the GPU"""
     cache: str = "~/.cache/scarcenet"
     """folder for such files; each is named by its content and may be deleted between runs"""

@@ -131,7 +131,11 @@ def campaign(folder: Path, kills: int, seed: int = 0, how: int = signal.SIGKILL,
                     _, error = process.communicate()
                     killed, count = killed + 1, count + 1
                     wrong += [f"run {runs}, {name}: {b}" for b in whole(place, name)]
-                    if how == signal.SIGTERM and process.returncode not in (0, 143):
+                    if how == signal.SIGTERM and process.returncode not in (
+                        0,
+                        143,
+                        -how,
+                    ):  # the last: before anything is begun
                         wrong.append(f"run {runs}, {name}: code {process.returncode}: {error[-300:]}")
                     if process.returncode in (-how, 143):
                         continue
