@@ -44,6 +44,6 @@ setup(
     # the explorer's front end lies beside its module
     package_data={"scarcenet": ["py.typed"], "scarcenet.ledger": ["*.js", "*.css", "*.html"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "lab", "io", "onnx", "docs")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "lab", "io", "onnx", "docs", "cluster")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -1,14 +1,17 @@
 """A grid on a tiny zoo: whole, stopped and continued, in the transfer setting; and its messages about bad input."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from scarcenet.cli import main as cli
 from scarcenet.config import OFFICIAL, PRESETS, Config
 from scarcenet.data.coco import find_split, read_coco
 from scarcenet.data.loader import steps_per_epoch
-from scarcenet.experiments import ablation
+from scarcenet.experiments import ablation, jobs
 from scarcenet.experiments.ablation import (
     STAGE_3_FIELDS,
     Cell,
@@ -20,9 +23,11 @@ from scarcenet.experiments.ablation import (
     scale_repeats,
     until_stage_3,
 )
+from scarcenet.experiments.jobs import Cluster, StudyJob
 from scarcenet.experiments.study import STUDY_METHODS, run_study
 from scarcenet.run.folder import open_run
 
+ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("supervised", "scarcenet", "official", "all labels")
 
 
@@ -287,3 +292,57 @@ def test_preset_is_for_photographs():
     preset = PRESETS["animals"]
     assert (preset.data, preset.backbone, preset.size) == ("animals", "lite0", 128)
     assert preset.supervised_epochs and preset.epochs
+
+
+# ---- jobs
+
+
+def test_jobs_of_this_machine_train_a_grid(config, tmp_path, whole, capsys):
+    grid = dict(counts=(1,), seeds=(0,), methods=METHODS[:2])
+    rows = list(run_study(config, tmp_path, **grid, cluster=Cluster("local", options={"timeout_min": 5})))
+    assert [row["method"] for row in rows] == list(METHODS[:2]) and "1 jobs" in capsys.readouterr().out
+    by_method = {row["method"]: numbers(row) for row in whole[1]}
+    different = {"device"}  # it counts threads
+    for row in rows:
+        assert {k: v for k, v in numbers(row).items() if k not in different} == {
+            k: v for k, v in by_method[row["method"]].items() if k not in different
+        }
+    # a job that fails is named with the reason and its log
+    log = next((tmp_path / "jobs").glob("*.err"))
+    (tmp_path / "stage1-0-official.safetensors").write_text("not weights")
+    with pytest.raises(ValueError, match=r"^job \d+ has failed: .*stage1-0-official.safetensors.*; its log: .*\.err$"):
+        list(run_study(config, tmp_path, **grid | dict(methods=METHODS[:3]), cluster=Cluster("local")))
+    assert log.exists() and len(read_grid(tmp_path / "study.csv")) == 2
+
+
+@pytest.mark.parametrize(
+    ("cluster", "reason"),
+    [
+        (Cluster("slurm"), 'cluster slurm: Could not detect "srun"'),
+        (Cluster("local", options={"slurm_partitoin": "gpu"}), "cluster local: Unknown argument 'partitoin'"),
+        (Cluster("local", options={"gpus_per_node": "one"}), 'cluster local: Parameter "gpus_per_node" expected type'),
+        (Cluster("pbs"), "cluster pbs: "),
+    ],
+)
+def test_what_a_cluster_does_not_take(config, tmp_path, cluster, reason):
+    with pytest.raises(ValueError, match="^" + re.escape(reason)) as error:
+        list(run_study(config, tmp_path, counts=(1,), seeds=(0,), methods=("supervised",), cluster=cluster))
+    assert "\n" not in str(error.value)
+
+
+def test_jobs_need_submitit(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=re.escape('pip install "scarcenet[cluster]"')):
+        list(run_study(config, tmp_path, counts=(1,), seeds=(0,), methods=("supervised",), cluster=Cluster("local")))
+
+
+def test_a_job_that_is_ended_is_queued_again(config, tmp_path):
+    job = StudyJob(config, tmp_path, tmp_path / "study.csv", [Cell("1", 0, "supervised")], STUDY_METHODS)
+    again = job.checkpoint()
+    assert again.function == job and job() == 1 and again.result() == 0  # its row is there
+
+
+@pytest.mark.parametrize("name", ["one-machine", "two-machines"])
+def test_accelerate_reads_the_settings_for_many_gpus(name):
+    settings = load_config_from_file(ROOT / "nbs" / "accelerate" / f"{name}.yaml")
+    assert settings.num_processes == 8 * settings.num_machines and settings.mixed_precision == "no"

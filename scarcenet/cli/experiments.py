@@ -88,6 +88,10 @@ def study(
     counts: tuple[int, ...] = (5, 10, 25),
     seeds: tuple[int, ...] = (0, 1, 2),
     methods: tuple[str, ...] = (),
+    cluster: Literal["", "slurm", "local"] = "",
+    jobs: int = 0,
+    hours: float = 24.0,
+    options: dict[str, str] | None = None,
     resume: Resume = False,
 ) -> None:
     """Train methods x numbers of labels x seeds, one row of study.csv for each.
@@ -100,16 +104,25 @@ def study(
         seeds: each draws its own labelled images; replaces --seed
         methods: supervised, all pseudo-labels, + small loss, + relabeling, scarcenet, official, all labels;
             without it, all of them
+        cluster: slurm: train in jobs of a cluster, which go on without this command; local: in processes side by side
+        jobs: among which the draws of labels are dealt out; 0: a job for each
+        hours: after which a job is ended and queued again
+        options: of submitit, by name and value: slurm_partition gpu gpus_per_node 1 cpus_per_task 8
         resume: keep the rows that are there already, and go on
     """
+    from scarcenet.experiments.jobs import Cluster
     from scarcenet.experiments.study import STUDY_METHODS, study_report
     from scarcenet.run.folder import run_folder
 
     chosen = methods or tuple(STUDY_METHODS)
+    values = {name: int(value) if value.isdecimal() else value for name, value in (options or {}).items()}
+    place = Cluster(cluster, jobs, hours, values) if cluster else None
     with run_folder(out, config, resume):
         """Other processes may add rows, too."""
     with resumable(out):
-        report = study_report(config, out, counts=counts, seeds=seeds, methods=chosen, progress=show_progress())
+        report = study_report(
+            config, out, counts=counts, seeds=seeds, methods=chosen, progress=show_progress(), cluster=place
+        )
         for line in report:
             print(line, flush=True)
 

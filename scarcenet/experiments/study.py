@@ -15,6 +15,7 @@ import numpy as np
 from ..config import OFFICIAL, Config
 from ..evaluate import SCORE_COLUMNS, format_table
 from .ablation import METHODS, Cell, grid_cells, read_grid, train_grid
+from .jobs import Cluster, train_in_jobs
 
 # %% ../../nbs/experiments/study.ipynb #methods
 # the choices of the official code, with its constants; the network, the views and all lengths in epochs are the study's
@@ -49,22 +50,21 @@ def run_study(
     seeds: Sequence[int] = (0, 1, 2),
     methods: Sequence[str] = tuple(STUDY_METHODS),
     progress: bool = False,
+    cluster: Cluster | None = None,
 ) -> Iterator[dict]:
     """Train every method for every seed and number of labelled images a category; yields the new rows of study.csv.
 
-    In the transfer setting (`config.families`) these families are labelled, and `counts` has no meaning. ValueError for
-    an unknown method.
+    In the transfer setting (`config.families`) these families are labelled, and `counts` has no meaning. With `cluster`
+    jobs do it (`experiments/jobs`). ValueError for an unknown method.
     """
     if unknown := [m for m in methods if m not in STUDY_METHODS]:
         raise ValueError(f"method {unknown[0]!r}: expected one of {', '.join(STUDY_METHODS)}")
-    yield from train_grid(
-        config,
-        folder,
-        folder / "study.csv",
-        cells=grid_cells(config, counts, seeds, methods),
-        methods=STUDY_METHODS,
-        progress=progress,
-    )
+    file = folder / "study.csv"
+    cells = grid_cells(config, counts, seeds, methods)
+    if cluster:
+        yield from train_in_jobs(cluster, config, folder, file, cells=cells, methods=STUDY_METHODS)
+    else:
+        yield from train_grid(config, folder, file, cells=cells, methods=STUDY_METHODS, progress=progress)
 
 # %% ../../nbs/experiments/study.ipynb #left
 def seconds_left(rows: Mapping[Cell, Mapping], todo: Sequence[Cell]) -> float | None:
@@ -129,17 +129,20 @@ def study_report(
     seeds: Sequence[int] = (0, 1, 2),
     methods: Sequence[str] = tuple(STUDY_METHODS),
     progress: bool = False,
+    cluster: Cluster | None = None,
 ) -> Iterator[str]:
     """`run_study` as lines to print: one for each training that is over, then a table for each number of labels."""
     file, cells = folder / "study.csv", grid_cells(config, counts, seeds, methods)
-    for row in run_study(config, folder, counts=counts, seeds=seeds, methods=methods, progress=progress):
+    for row in run_study(
+        config, folder, counts=counts, seeds=seeds, methods=methods, progress=progress, cluster=cluster
+    ):
         finished = read_grid(file)
         todo = [cell for cell in cells if cell not in finished]
         seconds = seconds_left(finished, todo)
         left = f"; about {seconds / 60:.0f} min to go" if todo and seconds is not None else ""
         training = f"labels {row['labels']}, seed {row['seed']}, {row['method']}"
-        scores = f"AP {row['teacher_AP']:.3f}, PCK {row['teacher_PCK']:.3f}"
-        yield f"{training}: {scores}, {row['seconds']:.0f} s; {len(cells) - len(todo)} of {len(cells)}{left}"
+        scores = f"AP {float(row['teacher_AP']):.3f}, PCK {float(row['teacher_PCK']):.3f}"
+        yield f"{training}: {scores}, {float(row['seconds']):.0f} s; {len(cells) - len(todo)} of {len(cells)}{left}"
     rows = [row for cell, row in read_grid(file).items() if cell.seed in seeds]
     for labels in dict.fromkeys(cell.labels for cell in cells):
         table = summary(rows, labels)  # of all methods: the baseline may have been trained before
