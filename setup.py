@@ -44,6 +44,10 @@ setup(
     # the explorer's front end lies beside its module
     package_data={"scarcenet": ["py.typed"], "scarcenet.ledger": ["*.js", "*.css", "*.html"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "lab", "io", "onnx", "docs", "cluster")},
+    extras_require={
+        name.removesuffix("_requirements"): value.split()
+        for name, value in cfg.items()
+        if name.endswith("_requirements")
+    },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )
