@@ -367,9 +367,9 @@ def test_settings_for_every_size(labelled, unlabelled, gpu):
     fields = fitted_fields(labelled=labelled, instances=labelled + unlabelled, gpu=gpu)
     config = replace(PRESETS["mine"], **fields)
     backward, _ = passes(config, labelled=labelled, instances=labelled + unlabelled)
-    stages = 1 if not unlabelled else 2
-    assert backward >= stages * 200 * 16
-    assert backward <= 2.2 * max(stages * 200 * 16, 8 * (1.5 * unlabelled + 2 * labelled))
+    least = 16 * (500 + (200 if unlabelled else 0))  # images, of both stages
+    assert backward >= least
+    assert backward <= 2.2 * max(least, 8 * (1.5 * unlabelled + 2 * labelled))
     assert config.epochs == 0 if not unlabelled else config.epochs >= 8
 
 
