@@ -38,7 +38,7 @@ def _values(rows: Sequence[dict], name: str) -> np.ndarray:
 def curves(rows: Sequence[dict]) -> Figure:
     """The loss of both stages, and AP on the val split where it was measured, over the epochs of metrics.csv."""
     stages = [s for s in STAGES if any(r["stage"] == s for r in rows)]
-    networks = {"student": "#0072B2", "teacher": "#D55E00"}
+    networks = {"student": "#333333", "teacher": DECISION_COLOURS[Decision.TEACHER_ONLY]}
     evaluated = any(np.isfinite(_values(rows, f"{name}_AP")).any() for name in networks)
     lines = 2 if evaluated else 1
     figure = Figure(figsize=(8, 2.2 * lines), dpi=90, layout="constrained")
@@ -59,10 +59,10 @@ def curves(rows: Sequence[dict]) -> Figure:
         top.set(title=STAGES[stage])
         bottom.set(xlabel="epoch")
         for ax in column:
-            ax.set_ylim(0, None)
+            ax.set_ylim(0, 1.08 * ax.get_ylim()[1])  # room for the last points
             ax.spines[["top", "right"]].set_visible(False)
             if ax.get_legend_handles_labels()[0]:
-                ax.legend(frameon=False, fontsize=8)
+                ax.legend(frameon=False, fontsize=8, loc="lower right")
     axes[0, 0].set_ylabel("loss, ×1000")
     if evaluated:
         axes[1, 0].set_ylabel("AP on val")
@@ -132,7 +132,7 @@ def poses_grid(poses: PoseSet, xy: np.ndarray, rows: Sequence[int] | np.ndarray,
         draw_pose(ax, xy[n], poses.schema, shown=shown, size=72 / columns)
         ax.plot(*np.stack([found, true]).transpose(2, 0, 1), color="white", lw=0.8, path_effects=outline, zorder=2.5)
         ax.plot(*true.T, "wx", ms=18 / columns, mew=0.8, path_effects=outline, zorder=2.8)
-        ax.set_title(f"{poses.instances[n].category}  {match[n]:.2f}", fontsize=7, pad=2, parse_math=False)
+        ax.set_title(f"{poses.instances[n].category}  {match[n]:.2f}", fontsize=8, pad=2, parse_math=False)
     return figure
 
 # %% ../../nbs/run/figures.ipynb #order
@@ -154,7 +154,7 @@ def samples_grid(poses: PoseSet, rows: Sequence[int] | np.ndarray, columns: int 
         x, y, w, h = instance.box
         ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor="white", linewidth=0.8))
         draw_pose(ax, poses.truth.xy[n], poses.schema, shown=visible > 0, hollow=visible == 1, size=72 / columns)
-        ax.set_title(f"{instance.category}  {instance.id}", fontsize=6, pad=2, parse_math=False)
+        ax.set_title(f"{instance.category}  {instance.id}", fontsize=8, pad=2, parse_math=False)
     return figure
 
 # %% ../../nbs/run/figures.ipynb #page
