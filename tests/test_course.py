@@ -1,0 +1,224 @@
+"""The course: every chapter has the same parts, and its numbers are those that were computed or measured."""
+
+import json
+import re
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scarcenet.experiments.ablation import read_grid
+from scarcenet.run.folder import read_rows
+from scarcenet.utils.files import read_json
+
+NBS = Path(__file__).resolve().parents[1] / "nbs"
+COURSE = sorted(NBS.glob("[0-9][0-9]_*.ipynb"))
+METHOD = [f for f in COURSE if "01" <= f.stem[:2] <= "10"]  # the chapters that make a part of the method
+CHAPTERS = [f for f in COURSE if f.stem[:2] != "00"]
+TAGS = ("*(paper)*", "*(code)*", "*(long run)*")
+NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?:e-?\d+)?")
+
+
+def by_name(files):
+    return pytest.mark.parametrize("file", files, ids=lambda f: f.stem)
+
+
+def cells(file: Path, kind: str) -> list[str]:
+    """The sources of all cells of a kind."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return ["".join(c["source"]) for c in content["cells"] if c["cell_type"] == kind]
+
+
+def outputs(file: Path) -> str:
+    """All text that the cells printed or showed."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    texts = []
+    for output in (o for c in content["cells"] for o in c.get("outputs", [])):
+        data = output.get("data", {})
+        texts += ["".join(output.get("text", "")), *("".join(data.get(f"text/{k}", "")) for k in ("plain", "markdown"))]
+    return "\n".join(texts)
+
+
+def section(file: Path, title: str) -> str:
+    """The markdown cell that begins with `## title`."""
+    found = [text for text in cells(file, "markdown") if text.startswith(f"## {title}")]
+    assert len(found) == 1, f"expected one section {title!r}, got {len(found)}"
+    return found[0]
+
+
+@by_name(COURSE)
+def test_begins_with_objectives_and_ends_with_next(file):
+    texts = cells(file, "markdown")
+    assert any(re.search(r"\d+ minutes", text) and "fterwards you can" in text for text in texts[:3]) or any(
+        re.search(r"\d+ minutes", text) and "After this chapter you can" in text for text in texts[:3]
+    ), "no minutes and objectives at the top"
+    assert re.search(r"^\*\*Next:\*\* \[", texts[-1], re.M), "the last cell has no link to the next chapter"
+
+
+@by_name(METHOD)
+def test_has_equation_by_hand_batched_picture_and_test(file):
+    texts, code = "\n".join(cells(file, "markdown")), "\n".join(cells(file, "code"))
+    parts = {
+        "equation": "$$" in texts,
+        "by hand": re.search(r"\bby hand\b", texts, re.I),
+        "batched": re.search(r"\bbatched\b|\bfor the whole batch\b", texts, re.I),
+        "picture": '"image/png"' in file.read_text(encoding="utf-8"),
+        "test": "assert " in code,
+    }
+    assert [name for name, found in parts.items() if not found] == []
+
+
+@by_name(COURSE)
+def test_exercises_are_tagged_and_answered(file):
+    questions, answers = section(file, "Exercises").split("<details><summary>Answers</summary>")
+    asked = re.findall(r"^\d+\. (.*)$", questions, re.M)
+    assert asked and all(question.startswith(TAGS) for question in asked), "tag each: (paper), (code) or (long run)"
+    assert len(re.findall(r"^\d+\. ", answers, re.M)) == len(asked), "an answer is missing"
+    assert "</details>" in answers
+
+
+@by_name(CHAPTERS)
+def test_recap_quotes_what_was_computed(file):
+    recap = section(file, "Recap")
+    lines = recap.splitlines()[2:]
+    assert lines and all(line.startswith("> - ") for line in lines), "the recap is a box of points"
+    texts = cells(file, "markdown")
+    assert texts.index(recap) < texts.index(section(file, "Exercises"))
+    known = set(NUMBER.findall(outputs(file) + "\n".join(cells(file, "code"))))
+    quoted = [
+        n for n in NUMBER.findall(re.sub(r"`[^`]*`|\$[^$]*\$", "", recap)) if re.search(r"[.,e]", n) or len(n) > 2
+    ]
+    assert [n for n in quoted if n not in known] == [], "neither printed nor a constant of this chapter"
+
+
+@by_name(CHAPTERS)
+def test_the_official_code_is_folded(file):
+    """In notes; the one table of all differences is in 09_training."""
+    texts = cells(file, "markdown")
+    if file.stem == "09_training":
+        table = next(text for text in texts if text.startswith("## The differences"))
+        assert [int(n) for n in re.findall(r"^\| (\d+) \|", table, re.M)] == list(range(1, 15))
+    else:
+        assert [text[:60] for text in texts if re.search(r"^(> )?\*\*The official code\.\*\*", text, re.M)] == []
+    for text in texts:
+        assert text.count("<details>") == text.count("</details>")
+
+
+@by_name([*COURSE, NBS / "run" / "figures.ipynb"])
+def test_no_text_is_under_8_pt(file):
+    sizes = re.findall(r"(?:fontsize|labelsize)\s*=\s*([\d.]+)", "\n".join(cells(file, "code")))
+    assert [size for size in sizes if float(size) < 8] == []
+
+
+@by_name([f for f in METHOD if f.stem[:2] not in ("06", "07")])
+def test_colours_of_decisions_mean_decisions(file):
+    """Figures take them from `DECISION_COLOURS`; nothing else has them."""
+    code = "\n".join(cells(file, "code")).lower()
+    assert [colour for colour in ("#0072b2", "#e69f00", "#cc79a7") if colour in code] == []
+
+
+# ---- the numbers of 12_results, from the files that it cites
+
+
+def by_seed(rows, labels, method, column="teacher_AP"):
+    return {int(r["seed"]): float(r[column]) for r in rows if (r["labels"], r["method"]) == (labels, method)}
+
+
+def differences(a: dict[int, float], b: dict[int, float]) -> dict[int, float]:
+    return {seed: a[seed] - b[seed] for seed in a.keys() & b.keys()}
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[list[float]]:
+    """Every gain that can be made of the measured rows, points of AP by seed: method over method, size over size."""
+    folder = NBS / "measured"
+    grids = {name: list(read_grid(folder / f"{name}.csv").values()) for name in ("study", "px128", "px256", "transfer")}
+    grids["study"] += [r | {"method": "no loss"} for r in read_grid(folder / "no-small-loss.csv").values()]
+    older = read_rows(folder / "study-before.csv")
+    grids |= {name: [r for r in older if r["run"] == name] for name in ("first", "second")}
+    replaced = [r for r in older if r["run"] == "elsewhere"]  # the two rows of the second run that are not today's
+    grids["second"] += [r for r in grids["study"] if r["method"] == "supervised"] + replaced  # the last one counts
+    columns = {f"{name}_AP" for name in ("teacher", "other_families", "cat", "dog", "horse", "cow", "sheep")}
+    columns |= {"other_families_PCK", "teacher_PCK"}
+    series = {}
+    for name, rows in grids.items():
+        for labels, method in {(r["labels"], r["method"]) for r in rows}:
+            for column in columns & rows[0].keys():
+                series[name, labels, column, method] = by_seed(rows, labels, method, column)
+    for file, method in (("stage1", "stage 1"), ("baseline", "own recipe")):
+        for row in read_json(folder / f"{file}.json"):
+            key = (row["folder"], row["labels"], "teacher_AP", method)
+            series.setdefault(key, {})[row["seed"]] = row["test AP"]
+    places = {key[:3] for key in series}
+    for place in places:  # the best of the baselines, seed by seed
+        found = [series[(*place, m)] for m in ("supervised", "stage 1", "own recipe") if (*place, m) in series]
+        if len(found) > 1:
+            seeds = set.intersection(*(set(s) for s in found))
+            series[(*place, "best")] = {seed: max(s[seed] for s in found) for seed in seeds}
+    gains = [differences(a, b) for (i, a), (j, b) in product(series.items(), repeat=2) if i[1:3] == j[1:3]]
+    return [[100 * gain[seed] for seed in sorted(gain)] for gain in gains if gain]
+
+
+def test_gains_of_12_results_are_measured(measured):
+    """Three gains by seed ("8.5, 7.9 and 6.9"): each such triple of the chapter is one of the files'."""
+    chapter = "\n".join(cells(NBS / "12_results.ipynb", "markdown"))
+    found = re.findall(r"(?<![\d.])([+-]?\d*\.\d), ([+-]?\d*\.\d) and ([+-]?\d*\.\d)(?![\d.])", chapter)
+    assert len(found) > 20
+    triples = np.array([gain for gain in measured if len(gain) == 3])
+    wrong = [t for t in found if np.abs(triples - np.array(t, float)).max(1).min() > 0.0501]
+    assert wrong == []
+
+
+def test_means_of_12_results_are_measured(measured):
+    """Means with deviations (".163 ± .010"), too."""
+    chapter = "\n".join(cells(NBS / "12_results.ipynb", "markdown"))
+    found = re.findall(r"\((\.\d{3}) ± (\.\d{3})\)", chapter)
+    assert found
+    pairs = np.array([(np.mean(gain), np.std(gain, ddof=1)) for gain in measured if len(gain) > 1]) / 100
+    assert [pair for pair in found if np.abs(pairs - np.array(pair, float)).max(1).min() > 0.00051] == []
+
+
+def test_decisions_of_12_results_are_measured():
+    """How many of the labels were right with views of 256 px and of 128 px, with 5, 10 and 25 labels, in per cent."""
+    chapter = "\n".join(cells(NBS / "12_results.ipynb", "markdown"))
+    grids = {px: list(read_grid(NBS / "measured" / f"px{px}.csv").values()) for px in (128, 256)}
+
+    def triple(px: int, column: str) -> str:
+        means = [np.mean(list(by_seed(grids[px], n, "scarcenet", column).values())) for n in ("5", "10", "25")]
+        return "{:.0f}, {:.0f} and {:.0f}".format(*(100 * m for m in means))
+
+    written = [triple(256, f"{name}_precision") for name in ("pseudo", "reliable", "reusable")]
+    written += [triple(px, "reusable_coverage") for px in (128, 256)] + [triple(128, "reusable_precision")]
+    assert [text for text in written if text not in chapter] == []
+
+
+def test_species_of_12_results_are_measured():
+    chapter = "\n".join(cells(NBS / "12_results.ipynb", "markdown"))
+    rows = list(read_grid(NBS / "measured" / "px256.csv").values())
+    written = re.search(r"With views of 256 px and five labels (horses gain .*?); with 25, (.*?)\.\s", chapter)
+    assert written
+    for labels, text in zip(("5", "25"), written.groups(), strict=True):
+        found = dict(re.findall(r"(dog|cat|sheep|cow|horse)s? (?:gain )?(\d+\.\d)", text))
+        assert len(found) == 5
+        for species, gain in found.items():
+            scores = [by_seed(rows, labels, m, f"{species}_AP") for m in ("scarcenet", "supervised")]
+            assert abs(100 * np.mean(list(differences(*scores).values())) - float(gain)) < 0.0501, (labels, species)
+
+
+def test_times_of_20_gpu_training_are_measured():
+    text = "\n".join(cells(NBS / "20_gpu_training.ipynb", "markdown"))
+    bench = read_json(NBS / "measured" / "bench-h100-w32.json")
+    one, two = (round(1e3 * bench["rows"][name]["seconds"]) for name in ("forward", "two forwards"))
+    assert f"32 images take {one} milliseconds, and 64 take {two}" in text
+    assert f"{100 * bench['efficiency']['ScarceNet step']:.0f} % of" in text
+
+
+def test_every_reference_is_used():
+    """A reference names the chapters in which it is used, and they exist."""
+    references = section(NBS / "12_results.ipynb", "References")
+    rows = re.findall(r"^\| \*\*(.+?)\*\* \| (.*) \|$", references, re.M)
+    wanted = {"Mean Teacher", "FixMatch", "Co-teaching", "Noisy keypoint labels", "Dual networks", "HRNet", "DarkPose"}
+    wanted |= {"UDP", "AP-10K", "APT-36K", "Animal-Pose", "SuperAnimal", "Lightning Pose"}
+    assert wanted <= {name for name, _ in rows}
+    assert all(re.search(r"\]\([\w/]+\.ipynb\)|All chapters|this chapter", text) for _, text in rows)
