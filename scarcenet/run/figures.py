@@ -62,7 +62,7 @@ def curves(rows: Sequence[dict]) -> Figure:
             ax.set_ylim(0, 1.08 * ax.get_ylim()[1])  # room for the last points
             ax.spines[["top", "right"]].set_visible(False)
             if ax.get_legend_handles_labels()[0]:
-                ax.legend(frameon=False, fontsize=8, loc="lower right")
+                ax.legend(frameon=False, fontsize=8, loc="lower right" if evaluated and ax is bottom else "best")
     axes[0, 0].set_ylabel("loss, ×1000")
     if evaluated:
         axes[1, 0].set_ylabel("AP on val")
