@@ -174,9 +174,10 @@ class Config:
     """epochs between two evaluations on the val split; the last epoch always"""
     ledger: bool = True
     """keep what became of every keypoint in every epoch of stage 3, at most 40 bytes each"""
-    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
-    """number format of the network: float32, bf16 or fp16; auto takes bf16 on a GPU that has it. Runs are equal bit by
-    bit only in float32 on a CPU"""
+    precision: Literal["auto", "float32", "bf16", "bf16-eval", "fp16"] = "auto"
+    """number format of the network: float32, bf16 or fp16; bf16-eval: bf16 only where nothing is learnt; auto: bf16 on
+    a GPU that has it; on a CPU that has it, a run measures at its beginning what is faster. Runs are equal bit by bit
+    only in float32 on a CPU"""
     compile: Literal["", "default", "reduce-overhead", "max-autotune"] = ""
     """torch.compile's mode: default, reduce-overhead (CUDA graphs), max-autotune; empty: not compiled"""
     crop_cache_mb: float = 8192.0

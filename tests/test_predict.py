@@ -28,7 +28,7 @@ from scarcenet.models.weights import save_weights
 from scarcenet.predict import follow, stream
 from scarcenet.predict.draw import Pen, draw_poses
 from scarcenet.predict.frames import ahead, find_sources
-from scarcenet.predict.network import PoseNetwork, cut_crops, flip_test, fold_batch_norms, predict
+from scarcenet.predict.network import PoseNetwork, cut_crops, flip_test, predict
 from scarcenet.pseudo_labels import flip_views, predict_multiview
 from scarcenet.schema import side_colours
 from scarcenet.utils.files import write_json
@@ -124,42 +124,6 @@ def test_the_flip_test_is_that_of_evaluation(mirror):
         plain, flipped = (ask(lambda crop, v=v: flip_views(crop, 32)[v : v + 1]).xy.numpy() for v in (0, 1))
         by_hand = np.linalg.norm(plain - flipped, axis=-1)
         assert (np.abs(found.disagreement - by_hand) < 0.1).mean() > 0.95
-
-
-def test_folded_batch_norms_answer_the_same():
-    from torch import nn
-
-    model = build_network(CONFIG, 17).eval()
-    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        nn.init.uniform_(norm.weight, 0.5, 2)
-        nn.init.normal_(norm.bias)
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 2)
-    folded = fold_batch_norms(model, 32)
-    views = torch.randn(3, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.allclose(folded(views), model(views), atol=1e-3)
-    assert folded is not model and not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-
-
-def test_what_cannot_be_folded_stays():
-    from torch import nn
-
-    class Twice(nn.Module):
-        """Uses what its convolution makes a second time, behind its batch norm's back."""
-
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
-            self.norm.running_mean.fill_(2)
-
-        def forward(self, x):
-            made = self.conv(x)
-            return self.norm(made) + 3 * made
-
-    model = Twice().eval()
-    assert fold_batch_norms(model, 32) is model
 
 
 def test_crops_of_a_part_are_those_of_the_whole():

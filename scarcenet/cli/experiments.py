@@ -157,7 +157,7 @@ def bench(
     size: int = PRESETS["demo"].size,
     batch: int = PRESETS["demo"].batch,
     views: int = PRESETS["demo"].views,
-    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto",
+    precision: Literal["auto", "float32", "bf16", "bf16-eval", "fp16"] = "auto",
     compile: Literal["", "default", "reduce-overhead", "max-autotune"] = "",
     device: str = "auto",
     seconds: float = 90,
@@ -171,7 +171,7 @@ def bench(
         size: side of a view, px
         batch: instances of a step
         views: views of a pseudo-label, each with its mirror image
-        precision: float32, bf16, fp16; auto takes bf16 on a GPU that has it
+        precision: float32, bf16, fp16, or bf16-eval: bf16 only where nothing is learnt; auto: bf16 on a GPU that has it
         compile: torch.compile's mode: default, reduce-overhead, max-autotune; empty: not compiled
         device: cpu, cuda, cuda:1, mps; auto takes cuda if it is there, else cpu
         seconds: to measure for, about; making images and the first rounds come on top

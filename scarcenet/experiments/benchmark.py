@@ -39,7 +39,7 @@ from ..schema import AP10K
 from ..train import SCARCENET, learn_scarcenet, learn_supervised, make_engine
 from scarcenet.utils.device import (
     describe,
-    number_format,
+    number_formats,
     peak_memory_mb,
     peak_rss_mb,
     pick_device,
@@ -170,7 +170,7 @@ def works(benchmark: Bench) -> dict[str, Callable[[], object]]:
 def passes(benchmark: Bench) -> dict[str, Callable[[], object]]:
     """Pseudo-labels and an evaluation of all instances, and the network's part of each: the same batches of images."""
     config, data, state = benchmark.config, benchmark.data, benchmark.state
-    model = prepare_model(state.student, config.precision, config.compile).eval()
+    model = prepare_model(state.student, config.precision, config.compile, fixed=True).eval()
     n, device = len(data.crops), data.crops.device
 
     def forwards(views: int) -> Callable[[], None]:
@@ -243,12 +243,13 @@ def benchmark(config: Config, seconds: float = 90) -> dict:
     images = dict.fromkeys(step, config.batch) | dict.fromkeys(whole, len(subject.data.crops))
     images["two forwards"] = 2 * config.batch
     needed = ("forward and backward", "two forwards", "forward")
+    formats = number_formats(config.precision, device)  # of passes with gradients, and of eval passes
     return {
         "network": config.network,
         "size": config.size,
         "batch": config.batch,
         "views": 2 * config.views,
-        "format": str(number_format(config.precision, device)).removeprefix("torch."),
+        "format": " and ".join(dict.fromkeys(str(f).removeprefix("torch.") for f in formats)),
         "compile": config.compile,
         "device": describe(device),
         "rows": {name: {"seconds": t, "images/s": images[name] / t} for name, t in times.items()},
@@ -275,7 +276,7 @@ def benchmark_prediction(config: Config, video: Path, seconds: float = 60) -> di
     device = pick_device(config.device)
     model = build_network(config, len(AP10K)).to(device).eval()
     network = PoseNetwork(model, config, AP10K)
-    bare, n = prepare_model(model, config.precision, config.compile), network.batch
+    bare, n = network.model, network.batch
     sources = find_sources(video)
     frames = list(itertools.islice(read_sources(sources), n))
     images, boxes = [f.pixels for f in frames], whole_boxes([f.pixels for f in frames])

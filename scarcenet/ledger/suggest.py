@@ -37,7 +37,7 @@ from ..relabel import Decision
 from ..run.figures import save_figure
 from ..run.folder import read_rows, write_rows
 from ..schema import draw_pose
-from ..utils.device import prepare_model
+from ..utils.device import AmpModel, number_formats
 
 # %% ../../nbs/ledger/suggest.ipynb #doubt
 class Doubt(NamedTuple):
@@ -67,7 +67,8 @@ def ledger_doubt(ledger: Ledger) -> tuple[np.ndarray, np.ndarray]:
 def answers_of_today(predictor: Predictor, crops: CropCache) -> tuple[Answers, np.ndarray]:
     """The answers of today for N crops, and (N, C) how they look to the network: the map before its head, averaged."""
     config, device = predictor.config, next(predictor.model.parameters()).device
-    model = prepare_model(predictor.model, config.precision).eval()
+    format = number_formats(config.precision, device)[1]
+    model = AmpModel(predictor.model, format).eval()  # as it is: a hook watches its backbone
     seen: list[Tensor] = []
     backbone = predictor.model.get_submodule("backbone")
     hook = backbone.register_forward_hook(lambda net, images, maps: seen.append(maps.mean((2, 3))))

@@ -148,7 +148,9 @@ class Predictor:
         Boxes and disagreement are nan: neither is known.
         """
         device = next(self.model.parameters()).device
-        found = predict(self.model, crops.to(device), self.config, schema=self.schema, shared=shared, progress=progress)
+        found = predict(
+            self.network.model, crops.to(device), self.config, schema=self.schema, shared=shared, progress=progress
+        )
         xy, score = found.xy.cpu().numpy(), found.score.cpu().numpy()
         box, number = np.full((len(xy), 4), np.nan, np.float32), np.ones(len(xy), int)
         return Poses(xy, score, self.names, box=box, disagreement=np.full_like(score, np.nan), id=number)

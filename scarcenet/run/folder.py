@@ -60,6 +60,8 @@ def _open(folder: Path, config: Config, resume: bool) -> Path:
         remove_stale(place)
     if resume:
         found = _settings(read_config(folder))
+        if asked["precision"] == "auto":
+            asked["precision"] = found["precision"]  # chosen when the run began
         if found != asked:
             name = next(k for k in asked if found.get(k) != asked[k])
             values = f"{name} is {found.get(name)!r} there, but {asked[name]!r} was asked for"

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import State, load_checkpoint, save_checkpoint, start
-from ..config import PRESETS, Config
+from ..config import PRESETS, Config, read_config
 from ..data.boxes import first_looks
 from ..data.coco import PoseSet
 from ..data.splits import BOXES_FILE
@@ -34,7 +34,7 @@ from ..relabel import Decision
 from .figures import by_oks, curves, decisions, html_table, poses_grid, save_figure, write_page
 from .folder import append_metrics, read_rows, run_folder, write_config, write_pseudo
 from .load import RunData, held_out, load_run_data, warn_of_set
-from .settings import fit_settings, settings_of_run
+from .settings import fit_settings, settings_of_run, settle_precision
 from ..train import SCARCENET, SUPERVISED, Epoch, fit
 from ..utils.device import describe, peak_rss_mb, pick_device
 from ..utils.distributed import barrier, is_main_process
@@ -108,7 +108,8 @@ def train_run(
         run_data = load_run_data(config, folder, progress)
         if is_main_process():
             warn_of_set(config, run_data)
-        return Run(folder, config, train_in_folder(config, folder, run_data, resume=resume, progress=progress))
+        summary = train_in_folder(config, folder, run_data, resume=resume, progress=progress)
+        return Run(folder, read_config(folder), summary)
 
 # %% ../../nbs/run/train_run.ipynb #run
 def train_in_folder(
@@ -119,6 +120,7 @@ def train_in_folder(
     With `resume` it goes on from the checkpoint, if there is one.
     """
     began, checkpoint = time.perf_counter(), folder / "checkpoint.safetensors"
+    config = settle_precision(config, folder, len(run_data.train.schema))
     earlier = 0.0
     if resume and checkpoint.is_file():
         state = load_checkpoint(checkpoint, config, run_data.data)
