@@ -22,7 +22,8 @@ from scarcenet.utils.files import read_json
 from scarcenet.utils.video import open_mp4
 
 TINY = "demo --network hrnet_tiny --size 32 --device cpu --labels 1 --views 2 --batch 16 --supervised-batch 8".split()
-TINY += "--supervised-repeat 1 --labelled-repeat 1 --epochs 2 --supervised-epochs 2 --backbone".split()
+TINY += "--supervised-repeat 1 --labelled-repeat 1 --epochs 2 --supervised-epochs 2".split()
+TINY += ["--precision", "float32", "--backbone"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 TIMES = {"seconds", "peak_rss_mb"}  # what no two runs have in common
 

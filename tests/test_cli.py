@@ -25,7 +25,7 @@ REAL = Path(os.environ.get("SCARCENET_DATA", Path(__file__).parents[2] / "shared
 TINY = (
     "--network hrnet_tiny --size 64 --labels 1 --supervised-epochs 1 --supervised-schedule one_cycle "
     "--supervised-batch 8 --epochs 2 --schedule one_cycle --batch 8 --views 2 --centre-jitter 0 --evaluate-every 1 "
-    "--device cpu"
+    "--device cpu --precision float32"
 ).split()
 WEIGHTS = ("supervised", "student", "teacher")
 

@@ -38,6 +38,7 @@ FLAGS = (
 QUICK = dict(
     labels=1,
     device="cpu",
+    precision="float32",
     network="hrnet_tiny",
     size=32,
     sigma=1.0,

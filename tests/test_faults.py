@@ -18,7 +18,7 @@ from scarcenet.zoo import dataset
 
 TINY = (
     "--network hrnet_tiny --size 64 --labels 1 --supervised-epochs 1 --supervised-schedule one_cycle "
-    "--supervised-batch 8 --epochs 1 --schedule one_cycle --batch 8 --views 2 --device cpu"
+    "--supervised-batch 8 --epochs 1 --schedule one_cycle --batch 8 --views 2 --device cpu --precision float32"
 ).split()
 
 

@@ -8,12 +8,16 @@ import torch
 from torch import Generator, nn
 from torch.nn import functional as F
 
-from scarcenet.config import Config
+from scarcenet.config import Config, read_config
 from scarcenet.data.augment import strong_geometry
 from scarcenet.data.loader import make_batch, seeded
 from scarcenet.experiments.benchmark import set_up
 from scarcenet.models.build import build_network
 from scarcenet.relabel import Decision
+from scarcenet.run import settings
+from scarcenet.run.folder import open_run
+from scarcenet.run.load import load_run_data
+from scarcenet.run.train_run import train_in_folder, train_run
 from scarcenet.step import scarcenet_step
 from scarcenet.train import learn_scarcenet, make_engine
 from scarcenet.utils.device import AmpModel, number_formats, prepare_model
@@ -172,3 +176,45 @@ def test_a_step_of_folded_passes(subject, train_mode):
     assert gap(folded.teacher_target, expected.teacher_target) < 1e-3 or not config.consistency_soft
     assert folded.supervised.item() == pytest.approx(expected.supervised.item(), rel=0.02)
     assert {Decision.TRUTH, Decision.RELIABLE} <= {Decision(int(d)) for d in folded.decision.unique()}
+
+
+def test_auto_is_chosen_once(zoo, tmp_path, monkeypatch, capsys):
+    """At the beginning of a run, and a run that goes on keeps the choice; without bf16 there is nothing to choose."""
+    quick = dict(network="hrnet_tiny", backbone="", size=32, labels=1, supervised_epochs=1, epochs=0, device="cpu")
+    times = {"float32": {True: 1.0, False: 1.0}, "bf16": {True: 2.0, False: 0.5}}
+    monkeypatch.setattr(settings, "time_passes", lambda config, keypoints, names, **_: [times[n] for n in names])
+    monkeypatch.setattr(settings, "has_bf16", lambda device: True)
+    run = train_run("demo", data=zoo, out=tmp_path / "a", progress=False, **quick)
+    assert run.config.precision == read_config(tmp_path / "a").precision == "bf16-eval"
+    assert "precision auto chose bf16-eval: bf16 is 2.00 times as fast in eval passes" in capsys.readouterr().out
+    times["bf16"] = {True: 0.5, False: 0.5}
+    again = train_run("demo", data=zoo, out=tmp_path / "a", resume=True, progress=False, **quick)
+    assert again.config.precision == "bf16-eval" and "chose" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="precision is 'bf16-eval' there, but 'float32' was asked for"):
+        train_run("demo", data=zoo, out=tmp_path / "a", resume=True, progress=False, precision="float32", **quick)
+    assert settings.fastest_precision(run.config, 17) == "bf16"
+    times["bf16"] = {True: 0.5, False: 0.95}
+    assert settings.fastest_precision(run.config, 17) == "float32"
+    monkeypatch.setattr(settings, "has_bf16", lambda device: False)
+    assert train_run("demo", data=zoo, out=tmp_path / "b", progress=False, **quick).config.precision == "auto"
+
+
+def test_threads_of_the_next_epoch(zoo, tmp_path):
+    """The demo lets the training that is left have all cores; without `threads`, their number stays."""
+    config = Config(network="hrnet_tiny", size=32, data=str(zoo), labels=1, supervised_epochs=2, epochs=0, device="cpu")
+    config = replace(config, precision="float32", supervised_batch=8)
+    before, seen = torch.get_num_threads(), []
+
+    def threads():
+        seen.append(torch.get_num_threads())
+        return 2
+
+    try:
+        train_in_folder(
+            config, open_run(tmp_path / "a", config), load_run_data(config, tmp_path / "a"), threads=threads
+        )
+        assert seen == [before, 2] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    train_in_folder(config, open_run(tmp_path / "b", config), load_run_data(config, tmp_path / "b"))
+    assert torch.get_num_threads() == before

@@ -22,6 +22,7 @@ from scarcenet.utils import files
 QUICK = dict(
     labels=1,
     device="cpu",
+    precision="float32",
     network="hrnet_tiny",
     size=32,
     sigma=1.0,

@@ -40,7 +40,7 @@ def run(command):
 
 def train_flags(zoo, more):
     """The arguments of `scarcenet train` for a small network on the CPU."""
-    flags = "--network hrnet_tiny --size 32 --device cpu"
+    flags = "--network hrnet_tiny --size 32 --device cpu --precision float32"
     return ["train", "demo", "--data", zoo, "--backbone", "", *flags.split(), *more.split()]
 
 

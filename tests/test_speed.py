@@ -56,7 +56,8 @@ def meta_run() -> tuple[TrainingSet, State, Engine]:
     data = training_set(8, 64, "meta")
     student, teacher = hrnet_tiny(17).to("meta"), hrnet_tiny(17).to("meta").eval()
     state = State(student, teacher, torch.optim.Adam(student.parameters()), "scarcenet")
-    return data, state, Engine(AmpModel(student), AmpModel(teacher), torch.amp.GradScaler(enabled=False))
+    student, teacher = (AmpModel(model, folding="each pass") for model in (student, teacher))
+    return data, state, Engine(student, teacher, torch.amp.GradScaler(enabled=False))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +110,7 @@ BRIEF = Config(
     size=32,
     sigma=1.0,
     device="cpu",
+    precision="float32",
     supervised_epochs=1,
     supervised_batch=8,
     epochs=2,

@@ -37,6 +37,7 @@ def config(zoo):
         data=str(zoo),
         labels=1,
         device="cpu",
+        precision="float32",
         network="hrnet_tiny",
         size=32,
         sigma=1.0,

@@ -39,6 +39,7 @@ TINY = Config(
     size=64,
     labels=1,
     device="cpu",
+    precision="float32",
     seed=3,
     supervised_epochs=3,
     supervised_repeat=2,
@@ -502,6 +503,7 @@ def test_eight_real_animals_are_learnt_by_heart(real_data):
         supervised_schedule="one_cycle",
         epochs=0,
         device="cpu",
+        precision="float32",
     )
     assert config.half_body > 0
     labels = reveal(poses, np.ones(len(poses), bool))

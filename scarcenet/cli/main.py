@@ -27,7 +27,7 @@ from ..utils.subprocess import Terminated, tidy_on_sigterm
 def demo(seed: int = 0, out: Path = Path("runs/demo"), resume: Resume = False) -> None:
     """Train ScarceNet on the embedded animals, and beside it a supervised baseline with as many steps.
 
-    Takes minutes on two CPU cores.
+    Takes minutes on two CPU cores. The two share the cores as they need them, so the last digits may differ next time.
 
     Args:
         seed: of the labelled draw, the first weights and everything random after that

@@ -47,7 +47,8 @@ def matched_supervised(config: Config, labelled: int, instances: int) -> Config:
 def run_demo(config: Config, folder: Path, resume: bool = False, progress: bool = False) -> dict:
     """ScarceNet and the equally long supervised baseline from the same labelled images: one folder, one table.
 
-    Returns summary.json's content. The two trainings run in two processes, each with half of the threads.
+    Returns summary.json's content. The two trainings run in two processes, each with half of the threads; when the
+    baseline has ended, ScarceNet has all of them, so that two demos of one seed may differ by rounding.
     """
     require_single_process("the demo")
     with run_folder(folder, config, resume):
@@ -63,9 +64,13 @@ def _run_both(config: Config, folder: Path, resume: bool, progress: bool) -> dic
     longer = matched_supervised(config, int(run_data.data.labels.labelled.sum()), len(run_data.train))
     work = (longer, folder / "baseline", folder, resume)
     with background_process(half, train_files, *work) as wait_for_baseline:
+
+        def free_threads() -> int:
+            return threads if wait_for_baseline.is_done() else half
+
         torch.set_num_threads(half)
         try:
-            summary = train_in_folder(config, folder, run_data, resume=resume, progress=progress)
+            summary = train_in_folder(config, folder, run_data, resume=resume, progress=progress, threads=free_threads)
         finally:
             torch.set_num_threads(threads)
         baseline = wait_for_baseline()

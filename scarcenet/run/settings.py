@@ -80,19 +80,20 @@ def passes(config: Config, *, labelled: int, instances: int) -> tuple[int, int]:
 
 
 def time_passes(
-    config: Config, keypoints: int, precisions: Sequence[str], *, batch: int, repeats: int = 1
+    config: Config, keypoints: int, precisions: Sequence[str], *, batch: int, turns: int = 1, least: float = 0
 ) -> list[dict[bool, float]]:
     """Seconds an image of a pass with (True) and without (False) a backward pass, in each of `precisions`.
 
-    Of an untrained network of `config` and `batch` images; the shortest of `repeats` times, taken in turns after a
-    first round.
+    Of an untrained network of `config` and `batch` images; the shortest of the times of so many `turns`, or of as many
+    as fit into `least` seconds, after a first one.
     """
     device = pick_device(config.device)
     network = build_network(replace(config, backbone="", weights=""), keypoints).to(device)
     models = [prepare_model(network, precision) for precision in precisions]
     images = torch.zeros(batch, 3, config.size, config.size, device=device)
     times: list[dict[bool, float]] = [dict.fromkeys((True, False), math.inf) for _ in models]
-    for turn in range(1 + repeats):
+    first, turn = time.perf_counter(), 0
+    while turn <= turns or time.perf_counter() - first < least:
         for model, best in zip(models, times, strict=True):
             for learn in best:
                 began = time.perf_counter()
@@ -105,6 +106,7 @@ def time_passes(
                     torch.cuda.synchronize()
                 if turn:
                     best[learn] = min(best[learn], (time.perf_counter() - began) / batch)
+        turn += 1
     return times
 
 
@@ -118,7 +120,7 @@ def estimate_seconds(config: Config, *, labelled: int, instances: int, keypoints
 def fastest_precision(config: Config, keypoints: int) -> str:
     """float32, bf16-eval or bf16: what this CPU computes a network of `config` fastest in; prints how fast."""
     few = min(config.batch, 8)
-    wide, narrow = time_passes(config, keypoints, ("float32", "bf16"), batch=few, repeats=3)
+    wide, narrow = time_passes(config, keypoints, ("float32", "bf16"), batch=few, turns=3, least=1)
     speedup = {learn: wide[learn] / narrow[learn] for learn in wide}
     chosen = "float32"
     if speedup[False] > 1.1:
@@ -135,11 +137,13 @@ def settle_precision(config: Config, home: Path, keypoints: int) -> Config:
     """
     if config.precision != "auto":
         return config
-    device = pick_device(config.device)
-    if read_config(home).precision == "auto" and device.type == "cpu" and has_bf16(device):
+    device, file = pick_device(config.device), home / "config.json"
+    kept = read_config(file).precision if file.is_file() else "auto"
+    if kept == "auto" and device.type == "cpu" and has_bf16(device):
         chosen: Any = fastest_precision(config, keypoints) if is_main_process() else "auto"
         write_config(home, replace(config, precision=chosen))
-    return replace(config, precision=read_config(home).precision)
+        kept = read_config(file).precision
+    return replace(config, precision=kept)
 
 # %% ../../nbs/run/settings.ipynb #fit
 def fit_settings(config: Config, home: Path) -> Config:

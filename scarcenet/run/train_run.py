@@ -9,7 +9,7 @@ __all__ = ['NEW_IMAGES', 'PARTS', 'Run', 'train_run', 'train_in_folder', 'write_
 # %% ../../nbs/run/train_run.ipynb #imports
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -113,11 +113,18 @@ def train_run(
 
 # %% ../../nbs/run/train_run.ipynb #run
 def train_in_folder(
-    config: Config, folder: Path, run_data: RunData, *, resume: bool = False, progress: bool = False
+    config: Config,
+    folder: Path,
+    run_data: RunData,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    threads: Callable[[], int] = torch.get_num_threads,
 ) -> dict:
     """Train all stages of `config` in `folder`, which `open_run` has made; returns summary.json's content.
 
-    With `resume` it goes on from the checkpoint, if there is one.
+    With `resume` it goes on from the checkpoint, if there is one. `threads`: how many the next epoch has, asked after
+    each; with another number of them, sums are rounded in another way.
     """
     began, checkpoint = time.perf_counter(), folder / "checkpoint.safetensors"
     config = settle_precision(config, folder, len(run_data.train.schema))
@@ -136,6 +143,7 @@ def train_in_folder(
                 append_metrics(folder / "metrics.csv", row)
                 write_outputs(config, folder, run_data, epoch)
                 save_checkpoint(checkpoint, epoch.state)
+        torch.set_num_threads(threads())
         return epoch.state
 
     if config.epochs and config.boxes == "pose" and run_data.without_box and not (folder / BOXES_FILE).is_file():
