@@ -27,7 +27,7 @@ from scarcenet.models.build import build_network, describe_network
 from scarcenet.models.weights import save_weights
 from scarcenet.predict import follow, stream
 from scarcenet.predict.draw import Pen, draw_poses
-from scarcenet.predict.frames import ahead, find_sources
+from scarcenet.predict.frames import ahead, find_sources, video_names
 from scarcenet.predict.network import PoseNetwork, cut_crops, flip_test, predict
 from scarcenet.pseudo_labels import flip_views, predict_multiview
 from scarcenet.schema import side_colours
@@ -197,6 +197,9 @@ def test_one_torn_image_does_not_cost_a_folder(pose, tmp_path):
     assert [Path(p.file).name for p in found] == ["0.png", "2.png"]
     with pytest.raises(ValueError, match="1.png: not an image"):
         list(pose.predict(tmp_path / "1.png", boxes="image"))
+    (tmp_path / "2.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match="2 of 3 images cannot be read and are left out"):
+        assert len(list(pose.predict(tmp_path, boxes="image"))) == 1
 
 
 def test_a_video_that_was_cut_short(pose, tmp_path):
@@ -484,7 +487,10 @@ def test_sleap_of_images(pose, tmp_path):
         Image.fromarray(image_at(0, n).pixels).save(tmp_path / f"{n}.png")
     labels = sio.load_slp(str(pose.predict(tmp_path, boxes="image").save(tmp_path / "a.slp")), open_videos=False)
     assert [frame.frame_idx for frame in labels] == [0, 1, 2] and len(labels.videos) == 1
-    for name, says in (("a.nwb", "NWB holds the poses of videos"), ("a.txt", "expected a name that ends in .csv")):
+    for name, says in (
+        ("a.nwb", "NWB holds the poses of videos"),
+        ("a.txt", "expected a folder, or a name that ends in .csv"),
+    ):
         with pytest.raises(ValueError, match=says):
             pose.predict(tmp_path, boxes="image").save(tmp_path / name)
     with pytest.raises(ValueError, match="frames of an array have no file"):
@@ -508,11 +514,101 @@ def test_movement_reads_all(single, several, tmp_path):
             assert np.allclose(confidence, expected[..., 2], atol=1e-3, equal_nan=True)
 
 
-def test_several_videos_have_names(pose, walk, tmp_path):
-    clip_of(tmp_path / "a.avi", [image_at(0, 0).pixels] * 2)
-    Image.fromarray(image_at(0, 1).pixels).save(tmp_path / "b.png")
-    table = pd.read_csv(pose.predict(tmp_path, boxes="image").save(tmp_path / "out.csv"), header=[0, 1, 2], index_col=0)
-    assert table.index.tolist() == ["a/frame000000.png", "a/frame000001.png", "b.png"]
+@pytest.fixture
+def films(tmp_path) -> Path:
+    """Two videos of one name in two folders, one that is alone, and two images."""
+    root = tmp_path / "films"
+    for n, name in enumerate(("monday/clip.avi", "tuesday/clip.avi", "other.avi")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        clip_of(root / name, [image_at(0, n + k).pixels[:100, :100] for k in range(18 + n)])
+    for n in range(2):
+        Image.fromarray(image_at(0, n).pixels).save(root / f"img{n}.png")
+    return root
+
+
+FILMS = {"monday/clip": 18, "tuesday/clip": 19, "other": 20, "images": 2}  # the name of each file, and its frames
+
+
+def test_each_video_has_a_file_of_its_own(pose, films, tmp_path):
+    """It is the file that the video would have alone, byte by byte; and movement reads it."""
+    out = tmp_path / "poses"
+    assert pose.predict(films, boxes="pose").save(out) == out
+    assert {f.relative_to(out).as_posix() for f in out.rglob("*") if f.is_file()} == {f"{name}.csv" for name in FILMS}
+    for name, frames in FILMS.items():
+        source = films / f"{name}.avi" if name != "images" else sorted(films.glob("*.png"))
+        alone = pose.predict(source, boxes="pose").save(tmp_path / "alone" / f"{name}.csv")
+        assert (out / f"{name}.csv").read_bytes() == alone.read_bytes()
+        assert len(pd.read_csv(alone, header=[0, 1, 2], index_col=0)) == frames
+    load = pytest.importorskip("movement.io.load")
+    data = load.load_dataset(out / "tuesday" / "clip.csv", source_software="DeepLabCut", fps=25)
+    assert data.sizes["time"] == 19
+
+
+@pytest.mark.parametrize("format", ["h5", "json", "results.json", "slp", "parquet"])
+def test_each_video_in_each_format(pose, films, tmp_path, format):
+    pytest.importorskip({"h5": "tables", "slp": "sleap_io"}.get(format, "json"))
+    out = pose.predict(films, boxes="image").save(tmp_path / "poses", format=format)
+    for name, frames in FILMS.items():
+        file = out / f"{name}.{format}"
+        if format == "slp":
+            found = pytest.importorskip("sleap_io").load_slp(str(file), open_videos=False)
+        elif format == "json":
+            content = json.loads(file.read_text())
+            found = content["images"]
+            assert [i["id"] for i in found] == [a["image_id"] for a in content["annotations"]]
+        elif format == "results.json":
+            found = json.loads(file.read_text())
+            assert [a["image_id"] for a in found] == [*range(1, frames + 1)]
+        else:
+            found = {"h5": pd.read_hdf, "parquet": pd.read_parquet}[format](file)
+        assert len(found) == frames
+
+
+def test_videos_are_not_joined_into_one_table(pose, films, tmp_path):
+    found = pose.predict(films, boxes="image")
+    for name in ("a.csv", "a.h5", "a.nwb"):
+        if name == "a.nwb":
+            pytest.importorskip("sleap_io")
+        with pytest.raises(ValueError, match=f"{name}: expected one video, got 5 videos and images; name a folder, a/"):
+            found.save(tmp_path / name)
+    with pytest.raises(ValueError, match="a.csv: the ending of a file says its format"):
+        found.save(tmp_path / "a.csv", format="h5")
+    with pytest.raises(ValueError, match="clip.mat: expected a folder, or a name that ends in"):
+        found.save(tmp_path / "poses", format="mat")
+    assert [f.name for f in tmp_path.iterdir()] == ["films"]
+    table = pd.read_parquet(found.save(tmp_path / "a.parquet"))
+    assert table["file"].nunique() == 5
+    names = {
+        i["file_name"].rpartition("/")[0] for i in json.loads(found.save(tmp_path / "a.json").read_text())["images"]
+    }
+    assert names == {"monday/clip", "tuesday/clip", "other", ""}
+
+
+def test_a_folder_goes_on(pose, films, tmp_path):
+    """With its drawings, in the folder of the videos itself; what another left there stays."""
+    whole = pose.predict(films, boxes="pose").save(tmp_path / "whole")
+    (films / "mine.csv").write_text("mine")
+    drawn = tmp_path / "drawn"
+    with pytest.raises(KeyboardInterrupt, match="films: 20 of 59 frames are done; resume goes on"):
+        interrupted(pose.predict(films, boxes="pose"), 3).save(films, draw=drawn)
+    done = {f.relative_to(films).as_posix() for f in films.rglob("*.csv")}
+    assert "monday/clip.csv" in done and "tuesday/clip.csv" not in done
+    with pytest.raises(ValueError, match="already there"):
+        pose.predict(films, boxes="pose").save(films)
+    pose.predict(films, boxes="pose").save(films, draw=drawn, resume=True)
+    for name in FILMS:
+        assert (films / f"{name}.csv").read_bytes() == (whole / f"{name}.csv").read_bytes()
+    films_drawn = {f.relative_to(drawn).as_posix() for f in drawn.rglob("*") if f.is_file()}
+    assert films_drawn == {"monday/clip.mp4", "tuesday/clip.mp4", "other.mp4", "img0.jpg", "img1.jpg"}
+    assert (films / "mine.csv").read_text() == "mine" and not list(films.glob(".*"))
+    with pytest.raises(ValueError, match="films: finished; nothing is left to resume"):
+        pose.predict(films, boxes="pose").save(films, resume=True)
+
+
+def test_names_of_videos():
+    names = ("a/clip.mp4", "b/clip.mp4", "b/clip.avi", "b/Clip2.avi", "c.mp4")
+    found = video_names([Path(name) for name in names])
+    assert list(found.values()) == ["a/clip", "b/clip.mp4", "b/clip.avi", "Clip2", "c"]
 
 
 def test_nothing_is_overwritten(single, pose, walk, tmp_path):
@@ -552,7 +648,7 @@ def test_what_was_interrupted_goes_on(pose, walk, tmp_path, boxes, ending):
     boxes = str(walk.with_suffix(".json")) if boxes == "file" else boxes
     whole = pose.predict(walk, boxes=boxes).save(tmp_path / f"whole.{ending}")
     out = tmp_path / f"out.{ending}"
-    with pytest.raises(KeyboardInterrupt, match="32 of 70 frames are done; go on with --resume"):
+    with pytest.raises(KeyboardInterrupt, match="32 of 70 frames are done; resume goes on from there"):
         interrupted(pose.predict(walk, boxes=boxes), 2).save(out)
     if ending == "csv":
         rows = pd.read_csv(out, header=[0, 1, 2], index_col=0)
@@ -575,7 +671,7 @@ def test_a_power_cut(pose, walk, tmp_path):
         interrupted(pose.predict(walk, boxes="pose"), 3).save(out)
     out.unlink()
     os.truncate(rest, rest.stat().st_size - 77)
-    with pytest.raises(ValueError, match="begun and not finished; go on"):
+    with pytest.raises(ValueError, match="begun and not finished; resume it"):
         pose.predict(walk, boxes="pose").save(out)
     assert pose.predict(walk, boxes="pose").save(out, resume=True).read_bytes() == whole.read_bytes()
 
@@ -748,7 +844,8 @@ def test_the_command(weights, walk, tmp_path, capsys):
     [
         (("nowhere.mp4", "--out", "a.csv"), "nowhere.mp4: no such file"),
         (("WALK",), "nothing would be written"),
-        (("WALK", "--out", "a.xlsx"), "expected a name that ends in .csv"),
+        (("WALK", "--out", "a.xlsx"), "expected a folder, or a name that ends in .csv"),
+        (("WALK", "--out", "a.csv", "--format", "h5"), "the ending of a file says its format"),
         (("WALK", "--out", "there.csv"), "there.csv: already there"),
         (("WALK", "--out", "a.csv", "--draw", "a.mov"), "a.mov: a video that is not written here"),
         (("WALK", "--out", "a.csv", "--boxes", "none.json"), "boxes 'none.json'"),
@@ -756,7 +853,7 @@ def test_the_command(weights, walk, tmp_path, capsys):
         (("WALK", "--out", "a.csv", "--device", "cuda:7"), "device cuda:7"),
         (("WALK", "--out", "a.csv", "--network", "coach"), "no network 'coach'"),
     ],
-    ids=["no video", "no output", "ending", "there", "codec", "boxes", "detector", "device", "network"],
+    ids=["no video", "no output", "ending", "format", "there", "codec", "boxes", "detector", "device", "network"],
 )
 def test_bad_input_is_one_line(weights, walk, tmp_path, monkeypatch, capsys, words, says):
     monkeypatch.chdir(tmp_path)

@@ -19,6 +19,7 @@ def predict(
     run: tyro.conf.Positional[Path],
     sources: tyro.conf.Positional[tuple[str, ...]],
     out: Path | None = None,
+    format: Literal["", "csv", "h5", "json", "results.json", "slp", "nwb", "parquet"] = "",
     draw: Path | None = None,
     boxes: str = "",
     network: str = "",
@@ -35,7 +36,9 @@ def predict(
     Args:
         run: folder of a finished run, or a weights file
         sources: images, folders of them, patterns, videos
-        out: new file: .csv or .h5 (DeepLabCut), .json (COCO; results.json), .slp (SLEAP), .nwb, .parquet
+        out: new file: .csv or .h5 (DeepLabCut), .json (COCO; results.json), .slp (SLEAP), .nwb, .parquet; or a folder
+            (a name without an ending) for a file of each video, and one of all images
+        format: of the files in that folder; without it, csv
         draw: new .mp4 of a video, or folder of drawn images and videos
         boxes: image (the whole), pose (where the last pose was), detector, or a COCO file; without it, image if
             the network was trained with it, else pose
@@ -62,7 +65,7 @@ def predict(
     found = predictor.predict(sources, boxes=boxes)
     start = time.perf_counter()
     if out:
-        found.save(out, draw=draw, resume=resume, progress=show_progress())
+        found.save(out, format=format, draw=draw, resume=resume, progress=show_progress())
     elif draw:
         if resume:
             raise ValueError(f"{draw}: a drawing alone begins anew: remove it, and go without --resume")

@@ -125,7 +125,8 @@ class Predictor:
     ) -> Predictions:
         """The poses in images and videos, found as they are asked for: `Predictions`, an iterator over `Poses`.
 
-        `source`: an image, a folder, a pattern, a video, an array (H, W, 3) or (T, H, W, 3), or several of them.
+        `source`: an image, a folder, a pattern, a video, an array, or several of them. One array (T, H, W, 3) is a
+        video, whose frames follow each other; a list of arrays (H, W, 3) is so many images.
         `boxes`: image, pose, detector, or a COCO file; by default image if the network was trained with it, else pose.
         `upright`: images after their EXIF turn, by default as `config.exif` says.
         """

@@ -23,7 +23,7 @@ from .follow import FileBoxes, Found, Looker, open_looker
 from .frames import Frame, ImageLike, Source, ahead, batches, find_sources, read_sources
 from .network import PoseNetwork
 from .poses import Poses, PoseTable, data_frame, poses_in, row_type
-from .save import check_format, save_table
+from .save import output_files, save_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,29 +128,32 @@ class Predictions:
         self,
         path: str | os.PathLike,
         *,
+        format: str = "",
         draw: str | os.PathLike | None = None,
         resume: bool = False,
         progress: bool = False,
     ) -> Path:
         """Write all poses to a new file, in the format that its ending names (`predict/save`); returns its path.
 
-        `draw`: at the same time a drawing, an .mp4 or a folder. An interruption leaves files of what is done; with
-        `resume` the same call goes on from there, and ends with what it would have ended with. `progress`: show a bar.
+        A path without an ending is a folder, new or not, with a file for each video, and one for all images: .csv, or
+        as `format` says. `draw`: at the same time a drawing, an .mp4 or a folder. An interruption leaves files of what
+        is done; with `resume` the same call goes on from there, and ends with what it would have ended with.
+        `progress`: show a bar.
         """
-        path, rest = Path(path), Path(path).with_name(f".{Path(path).name}.rows")
-        check_format(path, self.sources)
-        if draw:
-            is_one_video(Path(draw), self.sources)
-        self._refuse_sources(path, *([Path(draw)] if draw else ()))
+        path, drawings = Path(path), [Path(draw)] if draw else []
+        files = output_files(path, self.sources, format)
+        single = path in files
+        rest = path.with_name(f".{path.name}.rows") if single else path / f".{format or 'csv'}.rows"
+        for drawing in drawings:
+            is_one_video(drawing, self.sources)
+        self._refuse_sources(*files, *drawings)
         if not resume:
-            self._refuse(path)
-            if draw:
-                self._refuse(Path(draw))
+            self._refuse(*files, *drawings)
             if rest.exists():
-                raise ValueError(f"{path}: begun and not finished; go on (--resume), or remove {rest}")
-        elif path.exists() and not rest.exists():
+                raise ValueError(f"{path}: begun and not finished; resume it, or remove {rest}")
+        elif any(file.exists() for file in files) and not rest.exists():
             raise ValueError(f"{path}: finished; nothing is left to resume")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        rest.parent.mkdir(parents=True, exist_ok=True)
         if self._table is None:
             self._table = PoseTable(len(self.schema), rest, self._about(draw), resume)
         else:
@@ -158,11 +161,10 @@ class Predictions:
         try:
             self._run(draw, progress)
         except KeyboardInterrupt as interrupt:
-            if self.table.count:
-                save_table(path, self.table, self.schema, self.sources)
+            self._write(files)
             done = f"{self.table.items} of {self.frames or 'all'} frames are done"
-            raise type(interrupt)(f"{path}: {done}; go on with --resume") from None
-        save_table(path, self.table, self.schema, self.sources)
+            raise type(interrupt)(f"{path}: {done}; resume goes on from there") from None
+        self._write(files)
         self.table.remove()
         return path
 
@@ -182,10 +184,16 @@ class Predictions:
                 raise ValueError(f"{file}: is a source; choose another name")
 
     @staticmethod
-    def _refuse(file: Path) -> None:
-        """ValueError if a file, or a folder with something in it, is there."""
-        if file.exists() and not (file.is_dir() and not any(file.iterdir())):
-            raise ValueError(f"{file}: already there; choose another name, or remove it, or go on (--resume)")
+    def _refuse(*files: Path) -> None:
+        """ValueError if one of the files, or a folder with something in it, is there."""
+        for file in files:
+            if file.exists() and not (file.is_dir() and not any(file.iterdir())):
+                raise ValueError(f"{file}: already there; choose another name, remove it, or resume it if it was begun")
+
+    def _write(self, files: dict[Path, list[int]]) -> None:
+        """Write what is known of the sources of each file."""
+        for file, numbers in files.items():
+            save_table(file, self.table, self.schema, self.sources, numbers)
 
     def _run(self, draw: str | os.PathLike | None, progress: bool) -> None:
         """Find all poses that are left, and draw all frames."""

@@ -210,7 +210,7 @@ def usage_html(run: Path) -> str:
     """What to type in the folder that holds a run to use its networks, as HTML."""
     name = shlex.quote(run.name)
     lines = (
-        f"scarcenet predict {name} videos images --out poses.csv --draw drawn   # poses of videos, folders, images",
+        f"scarcenet predict {name} videos images --out poses --draw drawn       # poses of videos, folders, images",
         f"scarcenet suggest {name} --count 20 --out next                        # which images to label next",
         f"scarcenet export {name} --out net.onnx                                # one file, for other programs",
         "",
