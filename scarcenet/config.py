@@ -222,13 +222,18 @@ class Config:
             raise ValueError("supervised_epochs and epochs are both 0: there is nothing to train")
 
 # %% ../nbs/core/config.ipynb #read
-def read_config(where: Path | str) -> Config:
-    """The configuration in a run's folder, or in a .json file; ValueError if the file holds none."""
+def read_config(where: Path | str, data: Path | str | None = None) -> Config:
+    """The configuration in a run's folder, or in a .json file; ValueError if the file holds none.
+
+    `data`: where its set is now, if that is not where it was in the training.
+    """
     file = Path(where) if Path(where).suffix == ".json" else Path(where) / "config.json"
+    if file.parent.is_file():
+        raise ValueError(f"{where}: expected the folder of a run, got a file, which does not say what it learned from")
     content = read_json(file)
     try:
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-        return Config(**settings)
+        return Config(**settings | ({"data": str(data)} if data else {}))
     except (TypeError, AttributeError) as e:
         raise ValueError(f"{file}: not the configuration of a run ({e})") from None
 

@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 import scarcenet as sn
 from scarcenet.cli.main import main
 from scarcenet.data.loader import crop_images
-from scarcenet.data.sources import read_frames
+from scarcenet.data.sources import choose_frames, read_frames
 from scarcenet.heatmap import evaluation_offset
 from scarcenet.models.build import build_network, describe_network
 from scarcenet.models.weights import save_weights
@@ -212,6 +212,22 @@ def test_a_video_that_was_cut_short(pose, tmp_path):
     file.write_bytes(b"RIFF")
     with pytest.raises(ValueError, match="cut.avi: not a video that can be opened"):
         pose.predict(file)
+
+
+def test_a_stream_that_was_cut_short(pose, tmp_path):
+    """A transport stream says nowhere how long it was; but most cuts go through one of its packets."""
+    file = clip_of(tmp_path / "cut.ts", [image_at(0, n % 8).pixels[:96, :96] for n in range(40)], codec="mp2v")
+    content = file.read_bytes()
+    assert len(content) % 188 == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(pose.predict(file, boxes="image"))) == 40
+        list(choose_frames(file, 2))
+    file.write_bytes(content[: len(content) // 2 // 188 * 188 + 100])
+    with pytest.warns(UserWarning, match=r"cut.ts: ends inside of a packet, after \d+ frames: cut short"):
+        assert 5 < len(list(pose.predict(file, boxes="image"))) < 40
+    with pytest.warns(UserWarning, match="cut.ts: ends inside of a packet: cut short"):
+        list(choose_frames(file, 2))
 
 
 def test_one_video_that_is_none_does_not_cost_a_folder(pose, tmp_path):
@@ -775,8 +791,8 @@ def test_a_folder_of_drawings(pose, walk, tmp_path):
     assert sizes == [(100, 102, 3)] * 5
     for path, says in (("x.avi", "a video that is not written here"), ("x.mp4", "one mp4 for 4 videos and images")):
         with pytest.raises(ValueError, match=says):
-            pose.predict(tmp_path / "in", boxes="image").save(tmp_path / "x.csv", draw=tmp_path / path)
-        assert not (tmp_path / ".x.csv.rows").exists()
+            pose.predict(tmp_path / "in", boxes="image").save(tmp_path / "x.json", draw=tmp_path / path)
+        assert not (tmp_path / ".x.json.rows").exists()
 
 
 def one_pose(score: float, schema: sn.KeypointSchema, side: int = 100) -> sn.Poses:
@@ -862,6 +878,20 @@ def test_bad_input_is_one_line(weights, walk, tmp_path, monkeypatch, capsys, wor
     lines = [line for line in capsys.readouterr().err.splitlines() if "boxes: pose (" not in line]
     assert len(lines) == 1 and says in lines[0]
     assert [f.name for f in tmp_path.iterdir()] == ["there.csv"] and Path("there.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["predict", "export"])
+def test_a_video_in_the_place_of_the_run(command, walk, tmp_path, capsys):
+    words = [walk, *([walk] if command == "predict" else []), "--out", tmp_path / "a.onnx"]
+    assert scarcenet(command, *words[:-1], tmp_path / ("a.csv" if command == "predict" else "a.onnx")) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "herd.mp4: expected the folder of a run, or a weights file, and after it" in said
+
+
+def test_a_network_is_written_as_onnx_alone(weights, tmp_path, capsys):
+    pytest.importorskip("onnx")
+    assert scarcenet("export", weights, "--out", tmp_path / "net.pt") == 1
+    assert "net.pt: the network is written as ONNX alone; expected a name that ends in .onnx" in capsys.readouterr().err
 
 
 def test_no_such_run(tmp_path, walk, capsys):

@@ -1,16 +1,22 @@
 """What to label next: scores, spreading, files for correction, and the way back into a training."""
 
 import csv
+import re
 import shutil
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import yaml
+from PIL import Image
 
 import scarcenet as sn
 from scarcenet.cli import main as cli
+from scarcenet.data import correction
 from scarcenet.data.correction import write_for_correction
 from scarcenet.data.labels import add_corrected, corrected_animals
 from scarcenet.data.splits import label_parts, read_splits
@@ -21,7 +27,9 @@ from scarcenet.ledger.suggest import (
     choose_images,
     doubt_reason,
     doubt_scores,
+    draw_suggested,
     ledger_doubt,
+    sheet_window,
     suggest,
     typical_images,
 )
@@ -41,6 +49,7 @@ QUICK = dict(
     precision="float32",
     progress=False,
 )
+TRAIN = Path("annotations", "ap10k-train-split1.json")
 FLAGS = (
     "--network hrnet_tiny --size 32 --supervised-epochs 1 --supervised-repeat 1 --epochs 1 --batch 8 --views 1 "
     "--device cpu --precision float32 --backbone"
@@ -343,6 +352,82 @@ def test_suggest_correct_train(run, zoo, tmp_path, capsys):
     assert after.instances["labelled"].sum() == labels.labelled.sum() + len(content["annotations"])
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_nobody_has_touched_is_told(format, found, run, tmp_path):
+    """Once, with its number, where the tool does not tell a prediction from a label; and it is used all the same."""
+    if format == "slp":
+        pytest.importorskip("sleap_io")
+    source = accept(tmp_path / "out", found.save(tmp_path / "out", format))
+    says = (
+        r"6 images with every keypoint where .* predicted it \(.+, .+, .+, \.\.\.\); used as labels: correct or remove"
+    )
+    known = format in ("coco", "deeplabcut")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        labels = read_splits(replace(run.config, labels=f"1,{source}"), run.folder).labels
+    told = [str(w.message) for w in caught if "predicted it" in str(w.message)]
+    assert len(told) == known and all(re.search(says, line) for line in told)
+    assert labels.labelled.sum() >= len(found.poses)
+    assert [f.count for f in sn.read_labels(source).findings if "predicted it" in f.kind] == [6] * known
+
+
+def test_what_was_touched_is_not_told(found, run, tmp_path):
+    """A keypoint was moved in one image, and one removed in another; a tool's rounding is no correction."""
+    file = found.save(tmp_path / "out")
+    content = read_json(file)
+    images = [i["id"] for i in content["images"]]
+    by_image = {image: [a for a in content["annotations"] if a["image_id"] == image] for image in images}
+    for annotation in content["annotations"]:
+        annotation["keypoints"] = [round(value, 2) for value in annotation["keypoints"]]
+    by_image[images[0]][0]["keypoints"][0] += 1
+    by_image[images[1]][0]["keypoints"][3:6] = 0, 0, 0
+    write_json(file, content)
+    with pytest.warns(UserWarning, match="labels.json: 4 images with every keypoint where"):
+        read_splits(replace(run.config, labels=f"1,{file}"), run.folder)
+    (tmp_path / "out" / "predicted.csv").write_text("file\nnonsense\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_splits(replace(run.config, labels=f"1,{file}"), run.folder)
+
+
+# ---- a project of DeepLabCut
+
+
+def test_a_deeplabcut_project(run, tmp_path, monkeypatch, capsys):
+    """Of the user's own scorer, which the import has noted; with an h5 that holds what the csv holds."""
+    pytest.importorskip("tables")
+    first = suggest(run.folder, 8, device="cpu").save(tmp_path / "first", "deeplabcut", scorer="Ann/B")
+    settings = yaml.safe_load(first.read_text())
+    assert settings["scorer"] == "Ann_B" and settings["project_path"] == str(tmp_path / "first")
+    (folder,) = (tmp_path / "first" / "labeled-data").iterdir()
+    table, stored = (pd.read_csv(folder / "CollectedData_Ann_B.csv", header=[0, 1, 2], index_col=[0, 1, 2]),
+                     pd.read_hdf(folder / "CollectedData_Ann_B.h5", key="df_with_missing"))  # fmt: skip
+    assert list(stored.columns.names) == ["scorer", "bodyparts", "coords"] and stored.index.nlevels == 3
+    assert stored.columns.equals(table.columns) and stored.index.tolist() == table.index.tolist()
+    assert np.array_equal(stored.to_numpy(), table.to_numpy())
+    (folder / "CollectedData_Ann_B.csv").unlink()
+    assert len(sn.read_labels(tmp_path / "first").animals) == 8
+
+    for name in ("predicted.csv", "suggested.csv", "suggested.png"):
+        (tmp_path / "first" / name).unlink()
+    extra = tmp_path / "extra"
+    shutil.copytree(folder, extra, ignore=shutil.ignore_patterns("Collected*"))
+    for n, image in enumerate(sorted(extra.iterdir())):
+        Image.fromarray(np.asarray(Image.open(image))[:-1]).save(image.with_name(f"more{n}.png"))
+        image.unlink()
+    sn.import_set(tmp_path / "first", tmp_path / "set", unlabelled=[extra])
+    again = sn.train_run(
+        "demo", data=tmp_path / "set", out=tmp_path / "again", **QUICK | dict(labels="all", boxes="image")
+    )
+    monkeypatch.setattr(correction, "find_spec", lambda name: None)
+    scarcenet(
+        "suggest", again.folder, "--count", 2, "--format", "deeplabcut", "--out", tmp_path / "next", "--device", "cpu"
+    )
+    assert "next: the tables are .csv alone: DeepLabCut's .h5 needs PyTables" in capsys.readouterr().err
+    assert yaml.safe_load((tmp_path / "next" / "config.yaml").read_text())["scorer"] == "Ann_B"
+    assert [f.name for f in (tmp_path / "next").rglob("Collected*")] == ["CollectedData_Ann_B.csv"]
+
+
 # ---- to look at
 
 
@@ -355,6 +440,21 @@ def test_in_the_explorer(run, found, tmp_path):
     scarcenet("report", run.folder, "--out", tmp_path / "r.html", "--suggested", tmp_path / "out", "--animals", 8)
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "suggested to be labelled only" in page and '"rank": 6' in page
+
+
+def test_a_sheet_shows_the_animal_and_not_its_box(found):
+    """Boxes are whole images; one animal is small and sure, one lies anywhere; each window is in its image."""
+    some = found.poses.subset(range(2))
+    whole = tuple(replace(i, width=2000, height=1000, box=(0, 0, 2000, 1000), image_id=n)
+                  for n, i in enumerate(some.instances))  # fmt: skip
+    xy = np.stack([np.linspace((1900, 900), (1980, 980), 17), np.linspace((5, 5), (1900, 900), 17)]).astype(np.float32)
+    visible = np.array([[2] * 10 + [1] * 7, [2] * 3 + [1] * 14], np.uint8)
+    xy[0, 10:] = 3, 3
+    poses = replace(some, instances=whole, truth=some.truth._replace(xy=xy, visible=visible))
+    (low, high), (_, all_of_it) = (sheet_window(poses, np.array([n])) for n in range(2))
+    assert (high - low).max() < 120 and (low >= (1850, 850)).all() and (high <= (2000, 1000)).all()
+    assert (all_of_it >= 1000 - 0.5).all()
+    assert len(draw_suggested(poses, ["a", "b"]).axes) == 4
 
 
 def test_contact_sheet(found):
@@ -387,6 +487,40 @@ def refused(capsys, *argv, says: str) -> None:
     scarcenet("suggest", *argv, code=1)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and says in said, said
+
+
+def test_a_set_that_has_moved(zoo, tmp_path, monkeypatch, capsys):
+    """Its path is that of the configuration, relative to a folder that one has left; `--data` says where it is."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(zoo, "zoo_set")
+    (Path("zoo_set") / "first.json").write_text(str([read_json(zoo / TRAIN)["images"][0]["id"]]))
+    run = sn.train_run("demo", data="zoo_set", out="run", **QUICK | dict(labels="zoo_set/first.json")).folder.absolute()
+    monkeypatch.chdir(tmp_path)
+    moved = ["--data", "here/zoo_set"]
+    for words in (["suggest", run], ["report", run], ["accepted", run]):
+        capsys.readouterr()
+        scarcenet(*words, "--out", tmp_path / "out", code=1)
+        said = capsys.readouterr().err
+        assert (
+            said.count("\n") == 1
+            and f"zoo_set: no such set, which is relative to the current folder {tmp_path}" in said
+        )
+        assert "(--data)" in said
+        scarcenet(*words, "--out", tmp_path / "out", *moved, code=1)
+        assert "first.json: no such file of labels, which is relative to" in capsys.readouterr().err
+        Path("zoo_set").mkdir()
+        shutil.copy("here/zoo_set/first.json", "zoo_set")
+        scarcenet(*words, "--out", tmp_path / f"{words[0]}.out", *moved)
+        assert (tmp_path / f"{words[0]}.out").exists()
+        shutil.rmtree("zoo_set")
+
+
+@pytest.mark.parametrize("command", ["suggest", "report", "accepted"])
+def test_a_weights_file_is_no_run(command, run, tmp_path, capsys):
+    scarcenet(command, run.folder / "teacher.safetensors", "--out", tmp_path / "out", code=1)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "teacher.safetensors: expected the folder of a run, got a file" in said
 
 
 def test_bad_input(run, zoo, tmp_path, capsys, monkeypatch):

@@ -15,7 +15,12 @@ from ..utils.files import new_file
 
 # %% ../../nbs/cli/ledger.ipynb #explain
 def explain(
-    run: tyro.conf.Positional[Path], instance: int, keypoint: str, epoch: int | None = None, figure: Path | None = None
+    run: tyro.conf.Positional[Path],
+    instance: int,
+    keypoint: str,
+    epoch: int | None = None,
+    figure: Path | None = None,
+    data: Path | None = None,
 ) -> None:
     """Why a pseudo-label was kept, replaced or dropped in an epoch, with its numbers, and its decisions in all epochs.
 
@@ -25,11 +30,12 @@ def explain(
         keypoint: its name or number
         epoch: of stage 3, from 1; without it, the last one on record
         figure: new file (.png) for the animal with every answer about the keypoint
+        data: where the set of the training is now, if it has moved; the figure needs it
     """
     from scarcenet.ledger.ledger import draw_explained, find_keypoint, open_ledger, read_frame
 
     target = new_file(figure) if figure else None
-    ledger = open_ledger(run)
+    ledger = open_ledger(run, data)
     epoch, k = ledger.epoch(epoch), find_keypoint(ledger, instance, keypoint)
     print(ledger.explain(instance, k, epoch))
     history = read_frame(ledger, instance=instance).query("keypoint == @k")
@@ -47,7 +53,7 @@ def explain(
         print(f"figure: {figure}")
 
 # %% ../../nbs/cli/ledger.ipynb #accepted
-def accepted(run: tyro.conf.Positional[Path], out: Path, epoch: int | None = None) -> None:
+def accepted(run: tyro.conf.Positional[Path], out: Path, epoch: int | None = None, data: Path | None = None) -> None:
     """Write the labels that an epoch of stage 3 used, persons' and accepted ones, for a labelling tool.
 
     They are a COCO keypoint file; `--labels` of a training reads it back when it has been corrected.
@@ -56,12 +62,13 @@ def accepted(run: tyro.conf.Positional[Path], out: Path, epoch: int | None = Non
         run: folder of a run that has reached stage 3
         out: new file (.json)
         epoch: of stage 3, from 1; without it, the last one on record
+        data: where the set of the training is now, if it has moved
     """
     from scarcenet.ledger.ledger import accepted_labels, open_ledger
     from scarcenet.predict.predictor import find_poses
     from scarcenet.utils.files import write_json
 
-    target, ledger = new_file(out), open_ledger(run)
+    target, ledger = new_file(out), open_ledger(run, data)
     poses = find_poses(ledger.config, run, split="train", unannotated=True)
     content = accepted_labels(ledger, poses, ledger.epoch(epoch))
     write_json(target, content)
@@ -75,8 +82,10 @@ def suggest(
     count: int = 20,
     strategy: Literal["views", "confidence", "appearance", "random"] = "views",
     format: Literal["coco", "label-studio", "slp", "deeplabcut"] = "coco",
+    scorer: str = "",
     among: int = 5,
     seed: int = 0,
+    data: Path | None = None,
     device: str = "auto",
 ) -> None:
     """Which unlabelled images to label next, with today's predictions for correction, and a reason for each.
@@ -88,8 +97,10 @@ def suggest(
         strategy: views (two answers lay far apart, labels were never reliable, as the ledger knows), confidence
             (the network's is low), appearance (typical ones that differ), random
         format: of the predictions: COCO keypoints, tasks of Label Studio, SLEAP's .slp, DeepLabCut's labeled-data
+        scorer: who corrects, in a DeepLabCut project; without it, the scorer of the project that the set came from
         among: views and confidence are spread by appearance among so many times as many images; 1 for not at all
         seed: of the spreading, and of random
+        data: where the set of the training is now, if it has moved
         device: cpu, cuda, cuda:1, mps; auto takes cuda if it is there, else cpu
     """
     from scarcenet.cli.experiments import show_progress
@@ -100,16 +111,22 @@ def suggest(
     new_file(out)
     check_format(format)
     found = find_suggestions(
-        run, count, strategy=strategy, among=among, seed=seed, device=device, progress=show_progress()
+        run, count, strategy=strategy, among=among, seed=seed, data=data, device=device, progress=show_progress()
     )
-    file = found.save(out, format)
+    file = found.save(out, format, scorer)
     if found.note:
         print(found.note)
     print(f"{len(found.table)} images, {len(found.poses)} animals: {file}; to look at: {out / 'suggested.png'}")
     print(f"corrected, they come back with --labels {read_config(run).labels},{file}")
 
 # %% ../../nbs/cli/ledger.ipynb #report
-def report(run: tyro.conf.Positional[Path], out: Path, animals: int = 60, suggested: Path | None = None) -> None:
+def report(
+    run: tyro.conf.Positional[Path],
+    out: Path,
+    animals: int = 60,
+    suggested: Path | None = None,
+    data: Path | None = None,
+) -> None:
     """Write one HTML file about a run of stage 3: explorer, audit, curves, worst cases. It needs no server or network.
 
     Args:
@@ -117,12 +134,13 @@ def report(run: tyro.conf.Positional[Path], out: Path, animals: int = 60, sugges
         out: new file (.html)
         animals: how many are in it with their images, those with most wrong targets first
         suggested: folder that `scarcenet suggest` has written: its images are in it, and can be filtered
+        data: where the set of the training is now, if it has moved
     """
     from scarcenet.ledger.explorer import report_page
     from scarcenet.utils.files import atomic
 
     target = new_file(out)
-    page = report_page(run, animals, suggested=suggested)
+    page = report_page(run, animals, suggested=suggested, data=data)
     with atomic(target) as part:
         part.write_text(page, encoding="utf-8")
     print(f"{len(page.encode()) / 1e6:.1f} MB: {out}")

@@ -23,6 +23,7 @@ from scarcenet.data.label_source import (
     SourceImage,
     edges_of,
     find_below,
+    is_scalar,
     listed_names,
     name_below,
     one_line,
@@ -226,6 +227,11 @@ def _tables_of_project(project: Path, scorer: str, tally: Findings) -> list[Path
     return chosen
 
 
+def _scorer_in(table: Path) -> str:
+    """Who labelled, by the name of a table; "" if it does not say."""
+    return table.stem.removeprefix("CollectedData_") if table.stem.startswith("CollectedData_") else ""
+
+
 def _collect(
     file: Path,
     tool: str,
@@ -271,6 +277,7 @@ def _collect(
         images=tuple(images.values()),
         animals=tuple(animals),
         findings=tally.all(),
+        scorer=str(config["scorer"]) if is_scalar(config.get("scorer")) else _scorer_in(tables[0].file),
         videos=project_videos(project, config, places),
     )
 

@@ -19,7 +19,16 @@ from .deeplabcut import has_tables, is_deeplabcut_config, is_label_csv, read_dee
 from .exif import opens_upright
 from .hdf5 import open_hdf5
 from .joining import join_sources, names_differ
-from .label_source import Animal, LabelSource, Places, SourceImage, name_below, read_yaml, refuse_odd
+from scarcenet.data.label_source import (
+    Animal,
+    LabelSource,
+    Places,
+    SourceImage,
+    name_below,
+    read_yaml,
+    refuse_odd,
+    untouched,
+)
 from .label_studio import is_label_studio, read_label_studio
 from .layout import ARCHIVES, IMAGES, PICKLES, VIDEOS, find_splits, foreign_source, whole_project
 from .repair import SIZELESS
@@ -301,6 +310,8 @@ def read_labels(
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     source = _read_folder(path, how) if path.is_dir() else _read_file(path, how)
+    animals = ((source.images[a.image].name, a.xy, a.visible) for a in source.animals)
+    source = replace(source, findings=source.findings + untouched(path, source.names, animals))
     if strict:
         refuse_odd(path, source.findings)
     return source

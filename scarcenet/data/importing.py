@@ -97,8 +97,8 @@ class SetRow(NamedTuple):
     split: str
 
 
-def write_annotations(folder: Path, rows: Sequence[SetRow], categories: list[dict], about: str) -> None:
-    """Write {split}.json of every split, with ids that no two of them share."""
+def write_annotations(folder: Path, rows: Sequence[SetRow], categories: list[dict], info: dict[str, str]) -> None:
+    """Write {split}.json of every split, with `info`, and with ids that no two of them share."""
     number = 0
     for split in dict.fromkeys(row.split for row in rows):
         images, annotations = [], []
@@ -110,7 +110,7 @@ def write_annotations(folder: Path, rows: Sequence[SetRow], categories: list[dic
             for annotation in row.annotations:
                 number += 1
                 annotations.append(dict(id=number, image_id=image_id, **annotation))
-        content = dict(info={"description": about}, images=images, annotations=annotations, categories=categories)
+        content = dict(info=info, images=images, annotations=annotations, categories=categories)
         write_json(folder / f"{split}.json", content)
 
 # %% ../../nbs/data/importing.ipynb #summary
@@ -275,7 +275,8 @@ def import_set(
         ]
         rows += [SetRow(image, (), "train") for image in more]
         about = ", ".join(f"{one.file.name} ({one.tool})" for one in given)
-        write_annotations(part / "annotations", rows, categories_of(source, schema), f"scarcenet import: {about}")
+        info = dict(description=f"scarcenet import: {about}") | ({"scorer": source.scorer} if source.scorer else {})
+        write_annotations(part / "annotations", rows, categories_of(source, schema), info)
     counts = Counter(row.split for row in rows)
     taken = {video.resolve() for _, videos in extra for video in videos}
     return ImportSummary(

@@ -216,6 +216,7 @@ def join_sources(sources: Sequence[LabelSource]) -> LabelSource:
         images=tuple(images),
         animals=tuple(joined),
         findings=(*(finding for source in sources for finding in source.findings), *tally.all()),
+        scorer=next((s.scorer for s in sources if s.scorer), ""),
         videos=tuple(dict.fromkeys(video for source in sources for video in source.videos)),
         sigmas=next((s.sigmas for s in ordered if s.sigmas), ()),
     )

@@ -19,6 +19,7 @@ import numpy as np
 
 from .coco import Instance, Labels, PoseSet, Truth, parse_coco, plain_name
 from .formats import read_labels
+from .label_source import UNTOUCHED, untouched
 from .label_studio import is_label_studio
 from .layout import IMPORTED, end_alike
 from .values import Finding, describe, keypoint_box, overlap
@@ -130,8 +131,11 @@ def corrected_animals(file: Path | str, poses: PoseSet, data: object = None) -> 
     is_foreign = file.is_dir() or file.suffix.lower() in IMPORTED or is_label_studio(data)
     given = _of_tool(file, poses) if is_foreign else _of_coco(file, poses, read_json(file) if data is None else data)
     animals, findings = given
-    if findings:
-        warnings.warn(f"{file}: odd entries: {describe(findings)}", stacklevel=3)
+    if odd := [f for f in findings if f.kind != UNTOUCHED]:
+        warnings.warn(f"{file}: odd entries: {describe(odd)}", stacklevel=3)
+    for found in (f for f in findings if f.kind == UNTOUCHED):
+        first = ", ".join(found.first) + (", ..." if found.count > len(found.first) else "")
+        warnings.warn(f"{file}: {found.count} {found.kind} ({first}); {found.done}", stacklevel=3)
     return animals
 
 
@@ -145,8 +149,9 @@ def _of_coco(file: Path, poses: PoseSet, data: object) -> tuple[list[Corrected],
     """The animals of a COCO keypoint file."""
     given = parse_coco(file, data, images=poses.folder)
     _check_names(file, given.schema.names, poses)
-    rows = zip(given.instances, given.truth.xy, given.truth.visible, strict=True)
-    return [Corrected(*row) for row in rows], given.findings
+    rows = [Corrected(*row) for row in zip(given.instances, given.truth.xy, given.truth.visible, strict=True)]
+    animals = ((row.animal.file.name, row.xy, row.visible) for row in rows)
+    return rows, given.findings + untouched(file, given.schema.names, animals)
 
 
 def _of_tool(file: Path, poses: PoseSet) -> tuple[list[Corrected], tuple[Finding, ...]]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOKED_AT', 'KEPT_MB', 'natural', 'find_files', 'find_images', 'is_video', 'find_videos', 'Video', 'open_video',
-           'count_frames', 'read_frames', 'shrink', 'spread', 'pack', 'unpack', 'choose_frames', 'evenly']
+           'is_torn', 'count_frames', 'read_frames', 'shrink', 'spread', 'pack', 'unpack', 'choose_frames', 'evenly']
 
 # %% ../../nbs/data/sources.ipynb #imports
 import glob
@@ -98,6 +98,15 @@ def open_video(file: Path | str) -> Video:
     # some files say nothing: a negative number, or one beyond all reason
     frames = int(frames) if 0 < frames < 1e9 else 0
     return Video(Path(file), frames, fps if 0 < fps < 1e6 else 0.0, frame.shape[:2])
+
+
+def is_torn(file: Path | str) -> bool:
+    """Whether a transport stream (.ts, .mts, .m2ts) ends inside of a packet: it says nowhere how long it was."""
+    with open(file, "rb") as stream:
+        head = stream.read(5)
+        size = stream.seek(0, os.SEEK_END)
+    packet = 188 if head[:1] == b"G" else 192 if head[4:] == b"G" else 0  # "G" begins one; 4 bytes of time may precede
+    return Path(file).suffix.lower() in (".ts", ".mts", ".m2ts") and packet > 0 and size % packet > 0
 
 
 def count_frames(file: Path | str) -> int:
@@ -200,6 +209,8 @@ def choose_frames(
     if how not in ("even", "kmeans"):
         raise ValueError(f"frames can be chosen 'even' or 'kmeans', got {how!r}")
     video = open_video(file)
+    if is_torn(file):
+        warnings.warn(f"{file}: ends inside of a packet: cut short? Frames are chosen from what there is", stacklevel=2)
     if how == "even":
         return _even(video, count, set(exclude), progress)
     return _by_appearance(video, count, seed, set(exclude), progress)

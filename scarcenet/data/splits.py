@@ -57,6 +57,9 @@ def set_folder(config: Config, home: Path, progress: bool = False) -> Path:
         with main_process_first():
             return write_zoo(home / "zoo")
     imported, given = home / "data", Path(config.data)
+    if not given.exists() and not imported.is_dir():
+        where = "" if given.is_absolute() else f", which is relative to the current folder {Path.cwd()}"
+        raise FileNotFoundError(f"{given}: no such set{where}; say where it is now (--data)")
     if (given.exists() or not imported.is_dir()) and not needs_import(given):
         return given
     with main_process_first():
@@ -100,6 +103,9 @@ def read_part(part: Part, poses: PoseSet) -> list[Corrected] | None:
     if not (isinstance(part, str) and is_file(part)):
         return None
     path = Path(part)
+    if not path.exists():
+        where = "" if path.is_absolute() else f", which is relative to the current folder {Path.cwd()}"
+        raise FileNotFoundError(f"{path}: no such file of labels{where}; expected a number, all, or files")
     if path.is_dir() or path.suffix.lower() in IMPORTED:
         return corrected_animals(path, poses)
     content = read_json(path)

@@ -218,19 +218,21 @@ class Explorer(anywidget.AnyWidget):
         return f"Explorer of {animals} of {self._ledger.folder.parent.name}"
 
 
-def explore(run: Path | str, most: int = 200, seed: int = 0, suggested: Path | str | None = None) -> Explorer:
+def explore(
+    run: Path | str, most: int = 200, seed: int = 0, suggested: Path | str | None = None, data: Path | str | None = None
+) -> Explorer:
     """A widget to look around in a run's ledger, for a notebook: every decision, and other thresholds.
 
     It has up to `most` animals of the run: those with most wrong targets first, the others drawn at random (`seed`).
     `suggested`: a folder that `scarcenet suggest` has written; its images come before all, and can be filtered.
-    The set that the run was trained on must still be in its place. FileNotFoundError where there is no ledger;
+    The set that the run was trained on must still be in its place, or in `data`. FileNotFoundError where there is no ledger;
     ValueError if its files are damaged, or `most` is less than 1.
 
     >>> explorer = explore(run, most=5)
     >>> len(explorer.bundle["instances"]), explorer.rules["keep"]
     (5, None)
     """
-    ledger = open_ledger(run)
+    ledger = open_ledger(run, data)
     poses = find_poses(ledger.config, Path(run), split="train", unannotated=True)
     marks = read_suggested(suggested) if suggested else {}
     return Explorer(ledger, poses, pick(ledger, poses, most, seed, marks), marks=marks)
@@ -307,13 +309,15 @@ def _audit_sections(ledger: Ledger, poses: PoseSet, judged: pd.DataFrame) -> dic
     }
 
 
-def report_page(run: Path | str, most: int = 60, seed: int = 0, suggested: Path | str | None = None) -> str:
+def report_page(
+    run: Path | str, most: int = 60, seed: int = 0, suggested: Path | str | None = None, data: Path | str | None = None
+) -> str:
     """One HTML page about a run of stage 3, with everything in it, from the template report.html.
 
     The explorer (of up to `most` animals, as in `explore`), the audit against held-back truth with its worst cases,
-    and the curves.
+    and the curves. `data`: where the run's set is now, if it is no longer where it was.
     """
-    run, ledger = Path(run), open_ledger(run)
+    run, ledger = Path(run), open_ledger(run, data)
     poses = find_poses(ledger.config, run, split="train", unannotated=True)
     marks = read_suggested(suggested) if suggested else {}
     rows, judged = pick(ledger, poses, most, seed, marks), score_decisions(ledger, poses)

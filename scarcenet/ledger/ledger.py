@@ -81,8 +81,8 @@ class Ledger:
         return explain_keypoint(self, instance, keypoint, self.epoch(epoch))
 
 
-def open_ledger(run: Path | str) -> Ledger:
-    """The ledger in a run's folder: of a run that is finished, or in stage 3.
+def open_ledger(run: Path | str, data: Path | str | None = None) -> Ledger:
+    """The ledger in a run's folder: of a run that is finished, or in stage 3. `data`: where its set is now, if moved.
 
     FileNotFoundError if there is none, ValueError if its files are damaged or do not belong together.
 
@@ -92,7 +92,7 @@ def open_ledger(run: Path | str) -> Ledger:
     """
     folder = Path(run) / "ledger"
     file = folder / "labels.parquet"
-    config = read_config(Path(run))
+    config = read_config(Path(run), data)
     if not file.is_file():
         reason = "the run was trained with --no-ledger, or has not finished an epoch of stage 3"
         raise FileNotFoundError(f"{folder}: no ledger there: {reason}")

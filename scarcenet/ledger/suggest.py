@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Strategy', 'WRONG', 'MOST_DRAWN', 'Marks', 'Doubt', 'ledger_doubt', 'answers_of_today', 'doubt_scores',
-           'doubt_reason', 'choose_images', 'typical_images', 'Suggestions', 'suggest', 'predicted_set',
+           'doubt_reason', 'choose_images', 'typical_images', 'Suggestions', 'suggest', 'predicted_set', 'sheet_window',
            'draw_suggested', 'read_suggested']
 
 # %% ../../nbs/ledger/suggest.ipynb #imports
@@ -27,6 +27,7 @@ from ..data.image_folder import new_folder
 from ..data.loader import CropCache, instance_image, load_crops
 from ..data.sources import spread
 from ..data.splits import read_splits
+from ..data.values import keypoint_box
 from .ledger import Ledger, open_ledger
 from ..predict.boxes import CONFIDENT
 from ..predict.network import Answers, flip_test
@@ -157,13 +158,14 @@ class Suggestions:
         """The contact sheet: each image around its animals, with today's keypoints; rank and reason below it."""
         return draw_suggested(self.poses, self.table["reason"].tolist(), columns)
 
-    def save(self, out: Path | str, format: Format = "coco") -> Path:
+    def save(self, out: Path | str, format: Format = "coco", scorer: str = "") -> Path:
         """Write a new folder: images and predictions for correction, suggested.csv, and suggested.png to look at.
 
+        `scorer`: who corrects them, in a DeepLabCut project; by default that of the project that the set came from.
         Returns the file to open. ValueError of one line if `out` is there already, or sleap-io is missing for slp.
         """
         with new_folder(out) as part:
-            file = write_for_correction(self.poses, self.score, part, format, Path(out))
+            file = write_for_correction(self.poses, self.score, part, format, Path(out), scorer)
             write_rows(part / "suggested.csv", self.table.to_dict("records"))
             save_figure(self.draw(), part / "suggested.png")
         return Path(out) / file
@@ -176,6 +178,7 @@ def suggest(
     strategy: Strategy = "views",
     among: int = 5,
     seed: int = 0,
+    data: Path | str | None = None,
     device: str = "auto",
     progress: bool = False,
 ) -> Suggestions:
@@ -184,7 +187,7 @@ def suggest(
     `strategy`: views (where two answers lay far apart and labels were never reliable, over the epochs in the run's
     ledger), confidence (where the network's is low), appearance (typical ones that differ), random. `among`: the first
     two are spread by appearance among so many times as many; 1 for not at all. Where the set has fewer, all are taken.
-    FileNotFoundError if there is no finished run; ValueError if it has no unlabelled image, or its files are damaged.
+    `data`: where the set is now, if it is no longer where it was. FileNotFoundError if there is no finished run; ValueError if it has no unlabelled image, or its files are damaged.
 
     Examples:
         >>> found = suggest(run, 3, device="cpu")
@@ -196,7 +199,7 @@ def suggest(
         raise ValueError(f"expected 1 or more images to suggest, got {count}")
     if strategy not in get_args(Strategy):
         raise ValueError(f"strategy {strategy!r}: expected one of {', '.join(get_args(Strategy))}")
-    pool = _look_at_unlabelled(run, device, progress)
+    pool = _look_at_unlabelled(run, data, device, progress)
     chosen, score, alike = _choose(pool, count, strategy, among=among, seed=seed)
     own = [pool.by_image[n] for n in chosen]
     table = pd.DataFrame(
@@ -225,9 +228,9 @@ class _Pool(NamedTuple):
     doubt: Doubt
 
 
-def _look_at_unlabelled(run: Path, device: str, progress: bool) -> _Pool:
+def _look_at_unlabelled(run: Path, data: Path | str | None, device: str, progress: bool) -> _Pool:
     """What is known of the animals in the images of a run's training set in which none is labelled."""
-    predictor, config = Predictor(run, device=device), read_config(run)
+    predictor, config = Predictor(run, device=device), read_config(run, data)
     poses, labels, _ = read_splits(config, run)
     images = poses.column("image_id")
     rows = np.flatnonzero(~np.isin(images, images[labels.labelled]))
@@ -293,27 +296,39 @@ def predicted_set(poses: PoseSet, xy: np.ndarray, score: np.ndarray) -> PoseSet:
 MOST_DRAWN = 200  # images of a contact sheet
 
 
-def draw_suggested(poses: PoseSet, reasons: list[str], columns: int = 4) -> Figure:
-    """The first images of a set, each around its animals, with their keypoints; below each its number and reason.
+def sheet_window(poses: PoseSet, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The corners (2,) of a square around the animals `rows` of one image, image px; inside of the image if it fits.
 
-    `reasons`: one for each image, in their order.
+    It goes by an animal's confident keypoints, if there are enough: boxes may be whole images, the others lie anywhere.
     """
+    first, corners = poses.instances[rows[0]], []
+    size = np.array([first.width, first.height])
+    for xy, visible in zip(poses.truth.xy[rows], poses.truth.visible[rows], strict=True):
+        sure = visible == 2
+        x, y, w, h = keypoint_box(xy, sure if 3 * sure.sum() >= len(sure) else np.ones_like(sure), *size)
+        corners.append([(x, y), (x + w, y + h)])
+    low, high = np.min(corners, (0, 1)), np.max(corners, (0, 1))
+    side = min(1.3 * (high - low).max(), size.max())
+    room = size - side
+    low = np.clip((low + high - side) / 2, np.minimum(room / 2, 0), np.maximum(room, room / 2))
+    return low - 0.5, low + side - 0.5
+
+
+def draw_suggested(poses: PoseSet, reasons: list[str], columns: int = 4) -> Figure:
+    """The first images of a set, each around its animals, with their keypoints; below each its number and reason."""
     by_image = _rows_by_image(poses.column("image_id"))[:MOST_DRAWN]
     lines = math.ceil(len(by_image) / columns)
-    figure = Figure(figsize=(2.1 * columns, 2.75 * lines), dpi=90, layout="constrained")
+    figure = Figure(figsize=(2.4 * columns, 3.05 * lines), dpi=90, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax in axes[len(by_image) :]:
         ax.axis("off")
     for number, (ax, rows, reason) in enumerate(zip(axes, by_image, reasons, strict=False), 1):
-        boxes = poses.column("box")[rows]
-        low, high = boxes[:, :2].min(0), (boxes[:, :2] + boxes[:, 2:]).max(0)
-        middle, side = (low + high) / 2, 0.6 * (high - low).max()
+        low, high = sheet_window(poses, rows)
         ax.imshow(instance_image(poses.instances[rows[0]]))
         for n in rows:
             draw_pose(ax, poses.truth.xy[n], poses.schema, hollow=poses.truth.visible[n] == 1, size=14)
-        ax.set(xlim=(middle[0] - side, middle[0] + side), ylim=(middle[1] + side, middle[1] - side))
-        ax.set(xticks=[], yticks=[])
-        ax.set_xlabel(textwrap.fill(f"{number}. {reason}", 34), fontsize=8, parse_math=False)
+        ax.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), xticks=[], yticks=[])
+        ax.set_xlabel(textwrap.fill(f"{number}. {reason}", 39), fontsize=8, parse_math=False)
     return figure
 
 # %% ../../nbs/ledger/suggest.ipynb #read

@@ -91,6 +91,13 @@ OPSET = 18  # of 2022: onnxruntime 1.14 and later; the first that PyTorch's expo
 TOLERANCE = 1e-3  # px of positions, and of scores
 
 
+def _onnx_file(file: Path) -> Path:
+    """`file` itself, if it is the name of a new ONNX file."""
+    if file.suffix.lower() != ".onnx":
+        raise ValueError(f"{file}: the network is written as ONNX alone; expected a name that ends in .onnx")
+    return new_file(file)
+
+
 def export_onnx(predictor: Predictor, file: Path | str, *, flip_test: bool = True, opset: int = OPSET) -> float:
     """Write a predictor's network as an ONNX file that takes uint8 views and gives keypoints and scores.
 
@@ -101,7 +108,7 @@ def export_onnx(predictor: Predictor, file: Path | str, *, flip_test: bool = Tru
     require_onnx()
     import onnx
 
-    file = new_file(Path(file))
+    file = _onnx_file(Path(file))
     highest = onnx.defs.onnx_opset_version()
     if not OPSET <= opset <= highest:
         raise ValueError(f"opset {opset}: expected {OPSET} to {highest}, which the installed onnx knows")
@@ -206,7 +213,7 @@ def export_run(
     `find_config`, and a set with its keypoints. Raises what `Predictor` and `export_onnx` raise.
     """
     require_onnx()
-    new_file(out)
+    _onnx_file(out)
     settings = find_config(run, config)
     schema = find_poses(settings, run, data=data).schema if data else None
     predictor = Predictor(run, network, device="cpu", config=settings, schema=schema)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from ..data.layout import IMAGES, VIDEOS
 from ..data.loader import read_image
-from ..data.sources import find_images, find_videos, is_video, natural, open_video, read_frames
+from ..data.sources import find_images, find_videos, is_torn, is_video, natural, open_video, read_frames
 
 ImageLike = str | os.PathLike | np.ndarray | Image.Image  # a path, (H, W, 3) uint8 RGB, or an RGB image of Pillow's
 
@@ -147,6 +147,9 @@ def read_sources(
             if count < 0.99 * source.frames - 1:  # some formats only estimate it
                 expected = f"expected the {source.frames} frames that it says it has, got {count}"
                 warnings.warn(f"{source.file}: {expected}: cut short? What there is, is used", stacklevel=2)
+            elif source.file and is_torn(source.file):
+                inside = f"ends inside of a packet, after {count} frames"
+                warnings.warn(f"{source.file}: {inside}: cut short? What there is, is used", stacklevel=2)
         elif not begin:
             try:
                 image = as_image(source.pixels) if source.pixels is not None else None

@@ -23,6 +23,7 @@ from ..config import PRESETS, Config, read_config
 from ..data.coco import PoseSet, find_split, plain_name, read_coco
 from ..data.importing import needs_import
 from ..data.labels import with_unannotated
+from ..data.layout import IMAGES, VIDEOS
 from ..data.loader import CropCache, crop_images
 from ..data.splits import read_splits
 from ..evaluate import evaluate_poses
@@ -191,12 +192,20 @@ def evaluate_network(model: nn.Module, poses: PoseSet, crops: CropCache, config:
 NETWORKS_OF_A_RUN = ("supervised", "student", "teacher")  # in the order of training: the last one is the best
 
 
+def _not_a_source(run: Path) -> Path:
+    """`run` itself; ValueError for an image or a video in its place."""
+    if run.suffix.lower() in IMAGES | VIDEOS and not run.is_dir():
+        expected = "expected the folder of a run, or a weights file, and after it the images and videos"
+        raise ValueError(f"{run}: {expected}; got {'an image' if run.suffix.lower() in IMAGES else 'a video'}")
+    return run
+
+
 def find_networks(run: str | os.PathLike) -> dict[str, Path]:
     """The weights files of a run's folder by name, the best one last; or `run` itself, if it is a weights file.
 
     FileNotFoundError where there are none.
     """
-    run = Path(run)
+    run = _not_a_source(Path(run))
     files = [run / f"{name}.safetensors" for name in NETWORKS_OF_A_RUN] if run.is_dir() else [run]
     if not (found := {file.stem: file for file in files if file.is_file()}):
         raise FileNotFoundError(f"{run}: no weights file, nor the folder of a finished run")
@@ -211,7 +220,7 @@ def find_config(run: str | os.PathLike, config: str = "") -> Config:
     """
     if config:
         return PRESETS[config] if config in PRESETS else read_config(Path(config))
-    run = Path(run)
+    run = _not_a_source(Path(run))
     folder = run if run.is_dir() else run.parent
     info = None if run.is_dir() else read_model_info(run)
     if info is None and (run.is_dir() or (folder / "config.json").is_file()):
