@@ -59,7 +59,7 @@ def set_folder(config: Config, home: Path, progress: bool = False) -> Path:
     imported, given = home / "data", Path(config.data)
     if not given.exists() and not imported.is_dir():
         where = "" if given.is_absolute() else f", which is relative to the current folder {Path.cwd()}"
-        raise FileNotFoundError(f"{given}: no such set{where}; say where it is now (--data)")
+        raise FileNotFoundError(f"{given}: no such file or folder{where}; say where the set is now (--data)")
     if (given.exists() or not imported.is_dir()) and not needs_import(given):
         return given
     with main_process_first():

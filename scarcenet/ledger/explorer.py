@@ -225,8 +225,8 @@ def explore(
 
     It has up to `most` animals of the run: those with most wrong targets first, the others drawn at random (`seed`).
     `suggested`: a folder that `scarcenet suggest` has written; its images come before all, and can be filtered.
-    The set that the run was trained on must still be in its place, or in `data`. FileNotFoundError where there is no ledger;
-    ValueError if its files are damaged, or `most` is less than 1.
+    The set that the run was trained on must still be in its place, or in `data`. FileNotFoundError where there is no
+    ledger; ValueError if its files are damaged, or `most` is less than 1.
 
     >>> explorer = explore(run, most=5)
     >>> len(explorer.bundle["instances"]), explorer.rules["keep"]

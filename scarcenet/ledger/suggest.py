@@ -187,7 +187,8 @@ def suggest(
     `strategy`: views (where two answers lay far apart and labels were never reliable, over the epochs in the run's
     ledger), confidence (where the network's is low), appearance (typical ones that differ), random. `among`: the first
     two are spread by appearance among so many times as many; 1 for not at all. Where the set has fewer, all are taken.
-    `data`: where the set is now, if it is no longer where it was. FileNotFoundError if there is no finished run; ValueError if it has no unlabelled image, or its files are damaged.
+    `data`: where the set is now, if it is no longer where it was. FileNotFoundError if there is no finished run;
+    ValueError if it has no unlabelled image, or its files are damaged.
 
     Examples:
         >>> found = suggest(run, 3, device="cpu")
