@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor, nn
-from tqdm.auto import tqdm
 
 from .affine import apply, constant, flip_affine, invert, is_flipped, swap_left_right, warp
 from .config import Config
@@ -23,6 +22,7 @@ from .heatmap import Keypoints, decode, training_offset
 from .schema import KeypointSchema
 from .utils.device import prepare_model
 from .utils.distributed import all_gather, is_main_process, rank_slice, world_size
+from .utils.progress import watched
 
 # %% ../nbs/04_pseudo_labels.ipynb #views
 def with_flips(views: Tensor, size: int, stride: int = 4) -> Tensor:
@@ -124,9 +124,9 @@ def predict_multiview(
         order = torch.arange(share * world_size()) % n
         order = order[rank_slice(len(order))]
     parts = order.split(max(1, batch // len(views)))
-    bar = tqdm(parts, progress, disable=not (progress and is_main_process()), leave=False)
+    told = watched(parts, progress, len(parts), shown=bool(progress) and is_main_process())
     found = []
-    for index, pixels in zip(bar, crops.prefetch(parts), strict=True):
+    for index, pixels in zip(told, crops.prefetch(parts), strict=True):
         index = index.to(crops.device, non_blocking=True)
         crop, shown = crops.crop[index], views[:, index]
         images = render_views(crops, index, shown, shift_px=shift_px, pixels=pixels)

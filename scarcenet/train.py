@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['SUPERVISED', 'SCARCENET', 'Epoch', 'learning_rate', 'Engine', 'make_engine', 'descend', 'learn_supervised',
-           'learn_scarcenet', 'same_statistics', 'Stage', 'Plan', 'train_epochs', 'begin_scarcenet', 'fit']
+           'learn_scarcenet', 'same_statistics', 'Stage', 'Plan', 'NotFinite', 'train_epochs', 'begin_scarcenet', 'fit']
 
 # %% ../nbs/09_training.ipynb #imports
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .checkpoint import State, adam, start
 from .config import Config
@@ -26,8 +26,9 @@ from .mean_teacher import ema_decay, ema_update
 from .pseudo_labels import join_labels, make_pseudo
 from .record import Record, gather_record, join_records
 from .step import Step, scarcenet_step, supervised_step
-from .utils.device import prepare_model, tune_malloc
+from .utils.device import explain_step, prepare_model, tune_malloc
 from .utils.distributed import all_reduce_mean, is_main_process, rank_slice, world_size
+from .utils.progress import Progress
 
 # %% ../nbs/09_training.ipynb #state
 class Epoch(NamedTuple):
@@ -142,6 +143,21 @@ class Plan:
     schedule: str  # see `learning_rate`
     milestones: tuple[int, ...]
 
+# %% ../nbs/09_training.ipynb #trouble
+class NotFinite(ValueError):
+    """The loss of a step is not finite. `rows`: the instances of its batch, by their rows in the training set."""
+
+    def __init__(self, stage: str, epoch: int, step: int, rows: list[int]) -> None:
+        self.stage, self.epoch, self.step, self.rows = stage, epoch, step, rows
+        flag = "--supervised-lr" if stage == SUPERVISED.name else "--lr"
+        where = f"stage {stage}, epoch {epoch}, step {step}"
+        super().__init__(f"the loss is not finite: {where}; look at its images, or choose a lower {flag}")
+
+
+def _note(epoch: int, epochs: int, losses: Tensor, steps: int) -> str:
+    """What a progress line says of an epoch: its number, and the mean loss of its steps so far."""
+    return f"epoch {epoch} of {epochs}, loss {float(losses[0]) / steps:.3g}"
+
 # %% ../nbs/09_training.ipynb #loop
 def train_epochs(
     config: Config, data: TrainingSet, state: State, *, stage: Stage, plan: Plan, labels: Labels, progress: bool
@@ -150,14 +166,16 @@ def train_epochs(
     engine = make_engine(config, state)
     rows = rank_slice(plan.batch)
     steps = steps_per_epoch(len(plan.index), plan.batch, plan.repeat)
-    hidden = not (progress and is_main_process())
-    bar = tqdm(desc=stage.name, total=plan.epochs * steps, initial=state.epoch * steps, disable=hidden, leave=False)
+    flag = "--supervised-batch" if stage is SUPERVISED else "--batch"
+    shown = progress and is_main_process()
+    bar = Progress(stage.name, plan.epochs * steps, done=state.epoch * steps, unit="steps", shown=shown)
     while state.epoch < plan.epochs:
         began = time.perf_counter()
         rng = seeded(config.seed, stage.seed_stream, state.epoch)
         engine.student.train()
         engine.teacher.train(config.bn_train_mode)
         losses = torch.zeros(3, device=data.crops.device)
+        first_bad = losses.new_full((), -1)
         records = []
         parts = list(batches(plan.index, plan.batch, rng, plan.repeat))
         prefetched = data.crops.prefetch(part[rows] for part in parts)
@@ -178,16 +196,21 @@ def train_epochs(
                 rows=rows,
                 pixels=pixels,
             )
-            values, step = stage.learn(config, data, state, engine, batch)
+            with explain_step(flag, plan.batch, config.size, data.crops.device):
+                values, step = stage.learn(config, data, state, engine, batch)
             losses = losses + values
             state.step += 1
             if step is not None:
                 records.append(Record.from_step(step, batch, n))
-            bar.update()
+            first_bad = torch.where((first_bad < 0) & ~values[0].isfinite(), n, first_bad)  # looked at later: no pause
+            bar.update(note=partial(_note, state.epoch + 1, plan.epochs, losses, n + 1))
         state.epoch += 1
         state.scale = engine.scaler.state_dict()
         same_statistics(state.student, state.teacher)
         loss, supervised, consistency = all_reduce_mean(losses / steps).tolist()
+        if not math.isfinite(loss):
+            at = int(first_bad)
+            raise NotFinite(stage.name, state.epoch, at + 1, parts[at][rows].tolist() if at >= 0 else [])
         yield Epoch(
             state=state,
             stage=stage.name,

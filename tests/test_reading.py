@@ -250,8 +250,8 @@ def content(images=4, names=("nose", "left_ear", "right_ear", "tail"), categorie
     return dict(
         images=[dict(id=7 + i, file_name=f"{i}.jpg", width=320, height=240) for i in range(images)],
         annotations=[
-            dict(id=i + 1, image_id=7 + i, category_id=1 + i % categories, bbox=[30, 20, 90, 60], area=5000, iscrowd=0)
-            | dict(num_keypoints=len(names), keypoints=list(flat))
+            dict(id=i + 1, image_id=7 + i, category_id=1 + i % categories, area=5000, iscrowd=0)
+            | dict(bbox=[30, 20, 20 * len(names) + 10, 60], num_keypoints=len(names), keypoints=list(flat))
             for i in range(images)
         ],
         categories=[dict(id=c + 1, name=f"mole {c}", supercategory="moles", **pose) for c in range(categories)],

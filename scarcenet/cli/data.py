@@ -6,6 +6,7 @@
 __all__ = ['zoo', 'check', 'import_']
 
 # %% ../../nbs/cli/data.ipynb #imports
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -67,10 +68,12 @@ def check(
     strict: bool = False,
     flip_pairs: tuple[str, ...] = (),
     exif: Literal["stored", "upright"] = "stored",
+    labels: str = "",
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> None:
     """Count what a data set holds, report odd entries and what was done about them, and what looks wrong.
 
-    Exit code 1 if an image is missing, torn or of another size than the set says.
+    Exit code 1 for what a training refuses: an image that is missing, torn or of another size than the set says.
 
     Args:
         data: folder of a COCO keypoint set, or one annotation file
@@ -81,34 +84,55 @@ def check(
         strict: refuse the first odd entry
         flip_pairs: LEFT:RIGHT names of keypoints that a mirror exchanges, instead of those that are found
         exif: frame of the keypoints in images with an EXIF turn, where the stated size does not tell
+        labels: of a training, to see what they fit: labelled images of each species, or a file with image ids
+        json: print one object for programs: for each file its counts and its faults, with counts and three entries
     """
+    import json as writer
+
     import numpy as np
 
-    from scarcenet.data.check import check_poses, describe_turned
+    from scarcenet.data.check import check_poses, describe_same, describe_turned, same_images
     from scarcenet.data.coco import read_coco
-    from scarcenet.data.layout import annotation_files
+    from scarcenet.data.layout import annotation_files, find_splits
     from scarcenet.data.loader import broken_images
+    from scarcenet.data.splits import describe_labels
     from scarcenet.run.figures import samples_grid, save_figure
 
     files = annotation_files(data)
     alike = len({file.stem for file in files}) < len(files)  # in Roboflow's folders, train/ valid/ test/
     titles = {file: file.parent.name if alike else file.stem for file in files}
     sheets = {file: new_file(draw / f"{title}.png") for file, title in titles.items()} if draw else {}
+    splits: list[Path] = []
+    with suppress(ValueError, FileNotFoundError):  # a set without a train split
+        splits = [file for file, _ in find_splits(data).values()]
+    parts: dict[str, list[Path]] = {}
     broken: dict[Path, str] = {}
+    told: list[dict] = []
     for file in files:
         poses = read_coco(file, images, strict=strict, upright=exif == "upright", flip_pairs=flip_pairs)
-        print(check_poses(poses))
-        instances = poses.instances + poses.unannotated + poses.empty
-        if line := describe_turned(instances):
-            print(line)
+        report, instances = check_poses(poses), poses.instances + poses.unannotated + poses.empty
         found = broken_images(instances, progress=show_progress())
-        print(f"broken images: {len(found)}\n")
         broken |= found
+        lines = [describe_turned(instances)]
+        if file in splits:
+            parts[str(file)] = [i.file for i in instances]
+        if labels and (file in splits[:1] or len(files) == 1):
+            lines.append(describe_labels(labels, poses))
+        lines = [line for line in lines if line]
+        told.append(report.as_json() | {"notes": lines, "broken": list(found.values())[:3], "broken_count": len(found)})
+        if not json:
+            print(report, *lines, f"broken images: {len(found)}", sep="\n", end="\n\n")
         whole = [row for row, instance in enumerate(poses.instances) if instance.file not in broken]
         if file in sheets and whole:
             chosen = np.random.default_rng(seed).permutation(whole)[:samples]
             save_figure(samples_grid(poses, np.sort(chosen).tolist()), sheets[file])
-            print(f"samples: {sheets[file]}\n")
+            if not json:
+                print(f"samples: {sheets[file]}\n")
+    same = describe_same(same_images(parts))
+    if json:
+        print(writer.dumps({"files": told, "notes": [same] if same else []}, default=str))
+    elif same:
+        print(same)
     if broken:
         raise ValueError(f"{next(iter(broken.values()))}; {len(broken)} broken images in all")
 

@@ -6,7 +6,6 @@
 __all__ = ['ABOUT', 'Resume', 'show_progress', 'resumable', 'ablate', 'study', 'suggest_study', 'bench']
 
 # %% ../../nbs/cli/experiments.ipynb #imports
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +16,7 @@ import tyro
 
 from ..config import PRESETS, Config
 from ..utils.files import FULL, new_file, write_json
+from ..utils.progress import in_notebook
 
 # %% ../../nbs/cli/experiments.ipynb #helpers
 _AP10K = "AP-10K with {} labelled images of each species; its folder is named with --data"
@@ -36,8 +36,8 @@ Resume = tyro.conf.FlagCreatePairsOff[bool]  # --resume, and no --no-resume
 
 
 def show_progress() -> bool:
-    """Whether stderr is a terminal: in a file, progress bars are of no use."""
-    return sys.stderr.isatty()
+    """Whether progress is told: not in a notebook, whose page keeps what a command prints."""
+    return not in_notebook()
 
 
 @contextmanager

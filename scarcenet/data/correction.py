@@ -31,7 +31,7 @@ from .coco import Instance, PoseSet, coco_json
 from .exif import exif_turn
 from .label_source import PREDICTED, one_line
 from .loader import instance_image
-from ..utils.files import read_json, write_json
+from ..utils.files import plain_cell, read_json, write_json
 
 # %% ../../nbs/data/correction.ipynb #images
 def name_of(instance: Instance, folder: Path) -> str:
@@ -188,7 +188,8 @@ def write_deeplabcut(poses: PoseSet, score: np.ndarray, part: Path, home: Path, 
     names, schema = rows_by_name(poses), poses.schema
     most = max(map(len, names.values()))
     people = [f"animal{n}" for n in range(1, most + 1)]
-    levels = [[scorer], *([people] if most > 1 else []), schema.names, ["x", "y"]]
+    parts = [plain_cell(name) for name in schema.names]
+    levels = [[scorer], *([people] if most > 1 else []), parts, ["x", "y"]]
     heads = ["scorer", *(["individuals"] if most > 1 else []), "bodyparts", "coords"]
     columns = pd.MultiIndex.from_product(levels, names=heads)
     tables: dict[str, dict[tuple[str, ...], np.ndarray]] = {}
@@ -202,7 +203,8 @@ def write_deeplabcut(poses: PoseSet, score: np.ndarray, part: Path, home: Path, 
         line = np.full(len(columns), np.nan)
         numbers = poses.truth.xy[rows].ravel()
         line[: len(numbers)] = numbers.astype(str).astype(np.float64)  # the shortest decimals of the same float32
-        tables.setdefault(video, {})["labeled-data", video, own] = line
+        path = tuple(plain_cell(part, is_path=True) for part in ("labeled-data", video, own))
+        tables.setdefault(video, {})[path] = line
     if not find_spec("tables"):
         advice = "pip install tables, or deeplabcut.convertcsv2h5"
         warnings.warn(f"{home}: the tables are .csv alone: DeepLabCut's .h5 needs PyTables: {advice}", stacklevel=2)

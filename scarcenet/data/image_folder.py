@@ -18,7 +18,6 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from .exif import is_turned
 from .label_source import LabelSource, SourceImage
@@ -27,6 +26,7 @@ from .loader import read_image
 from .sources import choose_frames, find_images, find_videos, pack, read_frames
 from .values import Findings
 from ..utils.files import FULL, kept_from, not_written, remove_stale, temporary_folder
+from ..utils.progress import watched
 from ..utils.subprocess import tidy_on_sigterm
 
 # %% ../../nbs/data/image_folder.ipynb #folder
@@ -146,7 +146,7 @@ class ImageFolder:
             return _Decoded(pixels.shape[0], pixels.shape[1], digest(pixels), turned)
 
         with ThreadPoolExecutor() as pool:
-            decoded = tqdm(pool.map(decode, images), "images", len(images), disable=not progress, leave=False)
+            decoded = watched(pool.map(decode, images), "images", len(images), shown=progress)
             try:
                 return [self._copy(image, found, new) for image, found in zip(images, decoded, strict=True)]
             except BaseException:  # Ctrl-C does not wait for the images that are left
@@ -193,7 +193,7 @@ def write_labelled(source: LabelSource, folder: ImageFolder, progress: bool) -> 
                     "embedded images that cannot be read", "skipped", f"{image.name}: {' '.join(str(error).split())}"
                 )
     for video, rows in frames.items():
-        read = tqdm(read_frames(video, sorted(rows)), video.name, len(rows), disable=not progress, leave=False)
+        read = watched(read_frames(video, sorted(rows)), video.name, len(rows), shown=progress)
         try:
             for index, pixels in read:
                 for n in rows.pop(index):

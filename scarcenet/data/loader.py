@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Generator, Tensor
-from tqdm.auto import tqdm
 
 from ..affine import constant, crop_affine, invert, warp
 from scarcenet.data.augment import (
@@ -41,7 +40,8 @@ from .coco import Instance, Labels
 from .exif import both_sizes, means_upright, opens_upright
 from ..schema import KeypointSchema
 from ..utils.distributed import main_process_first
-from ..utils.files import atomic
+from ..utils.files import atomic, forget_unused
+from ..utils.progress import watched
 
 # %% ../../nbs/01_data.ipynb #canvas
 CACHE_MARGIN = 1.5  # side of a cached crop / side of the crop: room for views that are turned or zoomed out
@@ -115,7 +115,7 @@ def read_image(file: Path, size: tuple[int, int] | None = None, *, upright: bool
             sizes = both_sizes(image)
             turned = ImageOps.exif_transpose(image) if means_upright(image, size, upright) else image
             pixels = np.asarray(turned.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:  # Pillow's own
+    except Exception as error:  # Pillow's decoders fail in many ways
         reason = " ".join(str(error).replace(str(file), "it").split())
         raise ValueError(f"{file}: not an image that can be decoded ({reason})") from None
     if size and size != pixels.shape[:2]:
@@ -144,7 +144,7 @@ def broken_images(instances: Sequence[Instance], progress: bool = False) -> dict
         return None
 
     with ThreadPoolExecutor() as pool:
-        lines = tqdm(pool.map(problem, files.values()), "images", len(files), disable=not progress, leave=False)
+        lines = watched(pool.map(problem, files.values()), "images", len(files), shown=progress)
         return {file: line for file, line in zip(files, lines, strict=True) if line}
 
 # %% ../../nbs/01_data.ipynb #cut
@@ -204,7 +204,7 @@ def _decode(
             keep(n, torch.from_numpy(_cut(image, cached[n].numpy(), 2 * size)))
 
     with ThreadPoolExecutor() as pool:
-        list(tqdm(pool.map(load, rows.values()), "images", len(rows), disable=not progress, leave=False))
+        list(watched(pool.map(load, rows.values()), "images", len(rows), shown=progress))
 
 # %% ../../nbs/01_data.ipynb #crop-images
 def crop_images(images: Iterable[np.ndarray], boxes: np.ndarray | None, size: int) -> CropCache:
@@ -226,10 +226,7 @@ def crop_images(images: Iterable[np.ndarray], boxes: np.ndarray | None, size: in
 
 # %% ../../nbs/01_data.ipynb #cache
 def _mapped(instances: Sequence[Instance], cached: Tensor, size: int, folder: Path, progress: bool) -> Tensor:
-    """The bytes of the cached crops, one after the other, as those of a file, written if it does not exist.
-
-    It is written first and mapped then: a full disk is an error this way, and not a crash.
-    """
+    """The bytes of the cached crops as those of a file; it is written first: a full disk is an error, and no crash."""
 
     def digest(instance: Instance) -> bytes:
         try:
@@ -255,6 +252,7 @@ def _mapped(instances: Sequence[Instance], cached: Tensor, size: int, folder: Pa
                         f.write(cut.numpy().data)
 
                 _decode(instances, cached, size, keep, progress)
+        forget_unused(file)
     return torch.from_file(str(file), shared=False, size=total, dtype=torch.uint8)
 
 # %% ../../nbs/01_data.ipynb #normalise

@@ -19,9 +19,9 @@ from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
-from tqdm.auto import tqdm
 
 from .layout import IMAGES, VIDEOS
+from ..utils.progress import Progress
 
 # %% ../../nbs/data/sources.ipynb #find
 def natural(path: Path | str) -> tuple:
@@ -226,8 +226,7 @@ def _watched(
     frames: Iterable[tuple[int, np.ndarray]], video: Video, progress: bool
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The same, with a progress bar that shows how much of the video has been played."""
-    off = not progress
-    with tqdm(desc=video.file.name, total=video.frames or None, unit=" frames", disable=off, leave=False) as bar:
+    with Progress(video.file.name, video.frames or None, unit="frames", shown=progress) as bar:
         for index, frame in frames:
             bar.update(index + 1 - bar.n)
             yield index, frame

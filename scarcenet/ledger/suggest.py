@@ -39,6 +39,7 @@ from ..run.figures import save_figure
 from ..run.folder import read_rows, write_rows
 from ..schema import draw_pose
 from ..utils.device import AmpModel, number_formats
+from ..utils.files import plain_cell
 
 # %% ../../nbs/ledger/suggest.ipynb #doubt
 class Doubt(NamedTuple):
@@ -166,7 +167,8 @@ class Suggestions:
         """
         with new_folder(out) as part:
             file = write_for_correction(self.poses, self.score, part, format, Path(out), scorer)
-            write_rows(part / "suggested.csv", self.table.to_dict("records"))
+            rows = self.table.to_dict("records")
+            write_rows(part / "suggested.csv", [row | {"file": plain_cell(row["file"], is_path=True)} for row in rows])
             save_figure(self.draw(), part / "suggested.png")
         return Path(out) / file
 
@@ -345,6 +347,6 @@ def read_suggested(folder: Path | str) -> Marks:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; `scarcenet suggest` writes it")
     try:
-        return {row["file"]: (int(row["rank"]), row["reason"]) for row in read_rows(file)}
+        return {row["file"].removeprefix("./"): (int(row["rank"]), row["reason"]) for row in read_rows(file)}
     except (KeyError, ValueError, TypeError):
         raise ValueError(f"{file}: expected the columns rank, file, score, reason") from None

@@ -16,7 +16,6 @@ from urllib.error import URLError
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..config import Config
 from scarcenet.data.boxes import (
@@ -37,6 +36,7 @@ from ..heatmap import Keypoints
 from .network import predict
 from ..schema import KeypointSchema
 from ..utils.device import pick_device
+from ..utils.progress import watched
 
 # %% ../../nbs/predict/boxes.ipynb #pose
 LOOKS = 2  # at the whole image, then at the hull of what was found there
@@ -145,7 +145,7 @@ def detector_boxes(instances: Sequence[Instance], config: Config, *, progress: b
     """
     detector = Detector(config, pick_device(config.device))
     results = []
-    for instance in tqdm(instances, "detector", disable=not progress, leave=False):
+    for instance in watched(instances, "detector", len(instances), shown=progress):
         boxes, scores = detector.find(instance_image(instance))
         for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
             results.append(dict(image_id=instance.image_id, category_id=instance.category_id, bbox=box, score=score))

@@ -23,7 +23,7 @@ from .boxes import CONFIDENT
 from .frames import Source
 from .poses import PoseTable, TablePart, data_frame, row_type
 from ..schema import KeypointSchema
-from ..utils.files import atomic
+from ..utils.files import atomic, plain_cell
 
 # %% ../../nbs/predict/save.ipynb #dlc
 SCORER = "scarcenet"
@@ -57,7 +57,10 @@ def _columns(ids: Sequence[int], names: Sequence[str]) -> dict[str, list[str]]:
     head = {"scorer": [SCORER] * len(columns)}
     if len(ids) > 1:
         head["individuals"] = [f"animal{i}" for i, _, _ in columns]
-    return head | {"bodyparts": [name for _, name, _ in columns], "coords": [what for _, _, what in columns]}
+    return head | {
+        "bodyparts": [plain_cell(name) for _, name, _ in columns],
+        "coords": [what for _, _, what in columns],
+    }
 
 
 def _save_csv(file: Path, table: TablePart, schema: KeypointSchema, sources: Sequence[Source]) -> None:
@@ -68,7 +71,9 @@ def _save_csv(file: Path, table: TablePart, schema: KeypointSchema, sources: Seq
         writer.writerows([name, *cells] for name, cells in _columns(ids, schema.names).items())
         for rows in table.chunks():
             for label, values in zip(*_wide(rows, ids, sources), strict=True):
-                writer.writerow([label, *("" if v != v else f"{v:.4f}" for v in values.tolist())])
+                writer.writerow(
+                    [plain_cell(label, is_path=True), *("" if v != v else f"{v:.4f}" for v in values.tolist())]
+                )
 
 
 def _save_h5(file: Path, table: TablePart, schema: KeypointSchema, sources: Sequence[Source]) -> None:

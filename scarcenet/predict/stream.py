@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from .draw import Drawing, is_one_video
 from .follow import FileBoxes, Found, Looker, open_looker
@@ -24,6 +23,7 @@ from .frames import Frame, ImageLike, Source, ahead, batches, find_sources, read
 from .network import PoseNetwork
 from .poses import Poses, PoseTable, data_frame, poses_in, row_type
 from .save import output_files, save_table
+from ..utils.progress import Progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -198,7 +198,7 @@ class Predictions:
     def _run(self, draw: str | os.PathLike | None, progress: bool) -> None:
         """Find all poses that are left, and draw all frames."""
         done = 0 if draw else self.table.items
-        with tqdm(total=self.frames or None, initial=done, unit=" frames", disable=not progress, leave=False) as bar:
+        with Progress("poses", self.frames or None, done=done, unit="frames", shown=progress) as bar:
             if not draw:
                 while step := self._advance():
                     bar.update(len(step[0]))

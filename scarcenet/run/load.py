@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..config import Config
-from ..data.check import warn_findings
+from ..data.check import describe_same, same_images, warn_findings
 from ..data.coco import Instance, Labels, PoseSet
 from ..data.loader import CropCache, TrainingSet, load_crops, seeded
 from ..data.splits import BOXES_FILE, read_splits, set_folder, without_box
@@ -103,6 +103,9 @@ def warn_of_set(config: Config, run_data: RunData) -> None:
     """Warn of what may be a mistake in a set, in a line for each kind, and of held-out images that flatter."""
     train = run_data.train
     warn_findings(train, boxes=config.boxes, mirror=config.mirror)
+    parts = {"train": train, **run_data.evaluated}
+    if line := describe_same(same_images({n: [i.file for i in p.instances] for n, p in parts.items()})):
+        warnings.warn(f"{train.file}: {line}", stacklevel=3)
     if not (held := held_out(train, run_data.evaluated)):
         return
     videos = {i.video for i in run_data.evaluated["val"].instances}

@@ -27,15 +27,16 @@ from ..evaluate import RUN_COLUMNS, evaluate_poses, label_quality
 from ..models.build import build_network, describe_network
 from ..models.weights import save_weights
 from ..predict.boxes import pose_boxes, predict_in_boxes
-from ..predict.predictor import evaluate_network, predict
+from ..predict.network import mean_peak, predict
+from ..predict.predictor import evaluate_network
 from ..pseudo_labels import join_labels
 from ..record import Record, by_instance, start_ledger, write_epoch, write_labels
 from ..relabel import Decision
 from .figures import by_oks, curves, decisions, html_table, poses_grid, save_figure, write_page
-from .folder import append_metrics, read_rows, run_folder, write_config, write_pseudo
+from .folder import append_metrics, read_metrics, run_folder, tell_epoch, write_config, write_pseudo
 from .load import RunData, held_out, load_run_data, warn_of_set
 from .settings import fit_settings, settings_of_run, settle_precision
-from ..train import SCARCENET, SUPERVISED, Epoch, fit
+from ..train import SCARCENET, SUPERVISED, Epoch, NotFinite, fit
 from ..utils.device import describe, peak_rss_mb, pick_device
 from ..utils.distributed import barrier, is_main_process
 from ..utils.files import write_json
@@ -75,14 +76,15 @@ def train_run(
     data: str | os.PathLike | None = None,
     resume: bool = False,
     progress: bool = True,
+    tensorboard: bool = False,
     **changes: Any,
 ) -> Run:
     """Train all stages in the folder `out`, and evaluate.
 
     `config`: a `Config`, or the name of a preset. `data`: the folder of a COCO keypoint set, instead of the
     configuration's. `changes`: other fields of `Config`. `out` must be new; with `resume`, and the same settings, an
-    interrupted run goes on. Raises ValueError or FileNotFoundError, one line, for settings, data or a folder that do
-    not fit.
+    interrupted run goes on. `tensorboard`: write events for it, too. Raises ValueError or FileNotFoundError, one line,
+    for settings, data or a folder that do not fit.
 
     Examples:
         >>> run = train_run("demo", out=folder / "run", data=zoo, network="hrnet_tiny", backbone="", size=32,
@@ -108,7 +110,9 @@ def train_run(
         run_data = load_run_data(config, folder, progress)
         if is_main_process():
             warn_of_set(config, run_data)
-        summary = train_in_folder(config, folder, run_data, resume=resume, progress=progress)
+        summary = train_in_folder(
+            config, folder, run_data, resume=resume, progress=progress, tensorboard=tensorboard
+        )
         return Run(folder, read_config(folder), summary)
 
 # %% ../../nbs/run/train_run.ipynb #run
@@ -119,6 +123,7 @@ def train_in_folder(
     *,
     resume: bool = False,
     progress: bool = False,
+    tensorboard: bool = False,
     threads: Callable[[], int] = torch.get_num_threads,
 ) -> dict:
     """Train all stages of `config` in `folder`, which `open_run` has made; returns summary.json's content.
@@ -131,7 +136,7 @@ def train_in_folder(
     earlier = 0.0
     if resume and checkpoint.is_file():
         state = load_checkpoint(checkpoint, config, run_data.data)
-        earlier = sum(float(row["seconds"]) for row in read_rows(folder / "metrics.csv"))
+        earlier = sum(float(row.get("seconds", 0)) for row in read_metrics(folder / "metrics.csv"))
     else:
         state = start(config, run_data.data)  # refuses unfit weights before anything more is written
 
@@ -141,6 +146,7 @@ def train_in_folder(
             row = measure_epoch(config, run_data, epoch)
             if is_main_process():  # of several processes one writes
                 append_metrics(folder / "metrics.csv", row)
+                tell_epoch(folder, tensorboard)
                 write_outputs(config, folder, run_data, epoch)
                 save_checkpoint(checkpoint, epoch.state)
         torch.set_num_threads(threads())
@@ -154,8 +160,13 @@ def train_in_folder(
         run_data = load_run_data(config, folder, progress)  # its crops are of the boxes now
     if config.ledger and config.epochs and is_main_process():
         start_ledger(folder / "ledger", run_data.train, run_data.data.labels.labelled)
-    for epoch in fit(config, run_data.data, state, progress):
-        state = keep(epoch)
+    try:
+        for epoch in fit(config, run_data.data, state, progress):
+            state = keep(epoch)
+    except NotFinite as error:
+        rows = np.flatnonzero(run_data.labelled | (config.epochs > 0))[error.rows]  # the crops of `load_run_data`
+        ids = dict.fromkeys(str(run_data.train.instances[row].image_id) for row in rows)
+        raise ValueError(f"{folder}: {error}; image ids of its batch: {', '.join(ids)}") from None
     return finish_run(config, folder, run_data, state=state, seconds=earlier + time.perf_counter() - began)
 
 
@@ -194,7 +205,7 @@ def write_outputs(config: Config, folder: Path, run_data: RunData, epoch: Epoch)
 
 # %% ../../nbs/run/train_run.ipynb #audit
 def measure_epoch(config: Config, run_data: RunData, epoch: Epoch) -> dict[str, Any]:
-    """An epoch's row of metrics.csv: its losses, how good its decisions were, and scores on val where they are due."""
+    """An epoch's row of metrics.csv: losses, how good its decisions were, scores on val where they are due, peak."""
     row = {name: value for name, value in epoch._asdict().items() if name not in ("state", "record")}
     row |= decision_quality(run_data.train, epoch.record)
     networks = {"student": epoch.state.student}
@@ -207,7 +218,8 @@ def measure_epoch(config: Config, run_data: RunData, epoch: Epoch) -> dict[str, 
         if val is not None and due and name in networks:
             scores = evaluate_network(networks[name], val, run_data.crops["val"], config)["overall"]
         row |= {f"{name}_{metric}": scores.get(metric, "") for metric in ("AP", "PCK")}
-    return row
+    data = run_data.data
+    return row | {"peak": mean_peak(epoch.state.student, data.crops, config, schema=data.schema)}
 
 
 def decision_quality(poses: PoseSet, record: Record | None) -> dict[str, float | int | str | None]:
@@ -287,7 +299,7 @@ def write_figures(config: Config, folder: Path, *evaluated: tuple[PoseSet, np.nd
 
     `evaluated` is one such pair; none where nothing was evaluated.
     """
-    rows = read_rows(folder / "metrics.csv")
+    rows = read_metrics(folder / "metrics.csv")
     figures = {"curves": curves(rows)}
     if config.epochs:
         figures["decisions"] = decisions(rows)

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'pick_device', 'describe', 'has_bf16', 'number_formats', 'AmpModel', 'prepare_model', 'peak_rss_mb',
-           'peak_memory_mb', 'tune_malloc']
+           'peak_memory_mb', 'tune_malloc', 'fitting_batch', 'explain_step', 'explain_torch']
 
 # %% ../../nbs/utils/device.ipynb #imports
 import ctypes
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -196,3 +198,46 @@ def tune_malloc() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         mallopt(-2, 2**24)  # M_TOP_PAD
         mallopt(-8, 1)  # M_ARENA_MAX
+
+# %% ../../nbs/utils/device.ipynb #words
+def fitting_batch(batch: int, held: float, needed: float, total: float) -> int:
+    """A batch that probably fits where `batch` does not: its part in proportion to the memory, and half at most.
+
+    Bytes: `held` before the step, whatever its batch; `needed` at the moment at which it failed; `total` of the device.
+    """
+    part = (total - held) / max(needed - held, 1.0)
+    return max(1, min(batch // 2, int(0.9 * part * batch)))
+
+
+@contextmanager
+def explain_step(flag: str, batch: int, size: int, device: torch.device) -> Iterator[None]:
+    """Turn PyTorch's errors about the size of a step into a ValueError of one line; `flag` of its batch, `size` px."""
+    on_gpu = device.type == "cuda"
+    held = torch.cuda.memory_allocated(device) if on_gpu else 0
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        total = torch.cuda.mem_get_info(device)[1] if on_gpu else 0
+        needed = torch.cuda.max_memory_allocated(device) if on_gpu else 0
+        fits = fitting_batch(batch, held, needed, total) if on_gpu else max(1, batch // 2)
+        advice = f"{flag} {fits} probably fits" if batch > 1 else "choose a smaller --size, or --device cpu"
+        raise ValueError(f"out of GPU memory with batch {batch} of {size} x {size} px; {advice}") from None
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        reason = "the coarsest maps have one pixel, and batch norm needs two to compare"
+        raise ValueError(
+            f"batch {batch} of {size} x {size} px: {reason}; choose {flag} 2 or more, or --size 64"
+        ) from None
+
+
+def explain_torch(error: RuntimeError) -> str:
+    """One line on an error of PyTorch that is the machine's; "" for one that is a mistake in a program."""
+    first = " ".join(str(error).splitlines()[:1])[:200]
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of GPU memory: choose smaller batches or a smaller size, or another --device"
+    if "can't allocate memory" in first or "not enough memory" in first:
+        return "out of memory: choose smaller batches or a smaller size, or a lower --crop-cache-mb"
+    if any(word in first for word in ("CUDA error", "cuDNN error", "CUDA driver", "MPS backend")):
+        return f"the GPU failed ({first}); try again, or choose another --device"
+    return ""

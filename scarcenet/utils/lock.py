@@ -95,6 +95,8 @@ def _take(lock: Path) -> bool:
 
 def _break(lock: Path, holder: Holder | None) -> None:
     """Remove a dead holder's lock, but not one that another process has taken meanwhile."""
+    if _touched(lock) is None or read_holder(lock) != holder:
+        return  # it was given back, and perhaps taken again
     aside = lock.with_name(f"{lock.name}.{os.getpid()}")
     with suppress(FileNotFoundError):
         lock.replace(aside)

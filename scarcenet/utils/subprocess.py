@@ -14,8 +14,6 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
-import torch
-
 T = TypeVar("T")
 
 # %% ../../nbs/utils/subprocess.ipynb #beside
@@ -61,6 +59,8 @@ def background_process(threads: int, work: Callable[..., T], *args: Any) -> Iter
 
 def _run_and_send(send: Connection, threads: int, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """In the other process: send (True, result of `work`) or (False, its error)."""
+    import torch  # here: the command line, which takes the rest of this module, starts without it
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     try:

@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from ..schema import AP10K
 from ..utils.files import atomic, write_json
+from ..utils.progress import in_notebook, watched
 from .anatomy import Body, body, direction, posture
 from .coats import coat, shade
 from .scene import Buffers, Camera, background, cast, extent, foreground, look_at, moved
@@ -195,7 +195,7 @@ def claim(folder: Path, recipe: dict) -> bool:
 def draw_all(jobs: list[tuple[int, int]], folder: Path, seed: int, workers: int) -> list[tuple[dict, list[dict]]]:
     """What `store` returns for every one of `jobs`, in their order, made by so many processes."""
     work = partial(store, folder=folder, seed=seed)
-    bar = partial(tqdm, total=len(jobs), desc="drawing the zoo", unit=" images", disable=None)
+    bar = partial(watched, title="drawing the zoo", total=len(jobs), unit="images", shown=not in_notebook())
     if workers == 1:
         return list(bar(map(work, jobs)))
     # The processes fill the cores. And one forked while OpenCV has threads of its own would wait for them for ever.

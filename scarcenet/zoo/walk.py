@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from ..schema import AP10K
 from ..utils.files import atomic, new_file, write_json
+from ..utils.progress import in_notebook, watched
 from ..utils.video import open_mp4, video_codec
 from .anatomy import Body, direction
 from .coats import shade
@@ -309,7 +309,7 @@ def write_walk(file: Path | str, frames: int = 250, **options: Any) -> WalkFiles
     codec = video_codec()
     images, annotations = [], []
     with open_mp4(video, film.fps, film.size, codec) as add:
-        for pixels, found in tqdm(pictures, "filming the zoo", frames, unit=" frames", disable=None):
+        for pixels, found in watched(pictures, "filming the zoo", frames, unit="frames", shown=not in_notebook()):
             add(pixels)
             image, animals = _coco_frame(film, video, found)
             images.append(image)

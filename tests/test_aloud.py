@@ -1,0 +1,258 @@
+"""What may be wrong with a set or a training is said: in a line, with a count and the first entries."""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scarcenet import train as training
+from scarcenet.cli import main as cli
+from scarcenet.config import PRESETS
+from scarcenet.data.check import describe_same, same_images, warn_findings
+from scarcenet.data.coco import find_split, read_coco
+from scarcenet.data.labels import describe_few
+from scarcenet.data.loader import load_crops
+from scarcenet.experiments.ablation import row_columns
+from scarcenet.predict.save import _columns
+from scarcenet.run.folder import describe_collapse, read_rows
+from scarcenet.run.load import load_run_data, warn_of_set
+from scarcenet.run.train_run import train_in_folder
+from scarcenet.utils.device import explain_step, fitting_batch
+from scarcenet.utils.files import plain_cell
+
+QUICK = dict(network="hrnet_tiny", backbone="", size=32, labels=1, device="cpu", views=2, batch=8, labelled_repeat=1)
+QUICK |= dict(supervised_epochs=1, supervised_batch=8, supervised_repeat=1, epochs=1)
+
+
+@pytest.fixture
+def animals(zoo, tmp_path):
+    return shutil.copytree(zoo, tmp_path / "zoo")
+
+
+def quick(folder, **changes):
+    return replace(PRESETS["demo"], **QUICK | {"data": str(folder)} | changes)
+
+
+# ---- sets
+
+
+def test_the_same_image_in_two_splits(animals, capsys):
+    """By its bytes, under whatever name; said by check and before a training, and no reason to refuse."""
+    train, val = (read_coco(*find_split(animals, split)) for split in ("train", "val"))
+    shutil.copy(train.instances[0].file, val.instances[0].file)
+    size = Image.open(train.instances[0].file).size
+    with open(val.file) as f:
+        content = json.load(f)
+    for image in content["images"]:
+        if image["id"] == val.instances[0].image_id:
+            image["width"], image["height"] = size
+    val.file.write_text(json.dumps(content))
+    names = f"{train.instances[0].file.name} = {val.instances[0].file.name}"
+    assert cli.main(["check", str(animals)]) == 0
+    assert f"the same image in two splits, so that scores flatter: 1, first {names}" in capsys.readouterr().out
+    config = quick(animals)
+    with pytest.warns(UserWarning, match="same image in two splits"):
+        warn_of_set(config, load_run_data(config, animals))
+
+
+def test_same_images_reads_little(tmp_path, monkeypatch):
+    for name, content in (("a", b"one"), ("b", b"two"), ("c", b"three"), ("d", b"one")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c, d = (tmp_path / name for name in "abcd")
+    assert same_images({"train": [a, b, c], "val": [d, tmp_path / "none"]}) == [(a, d)]
+    assert same_images({"train": [a, b, c, d]}) == [] and describe_same([]) == ""
+
+
+def test_boxes_elsewhere_are_said_before_a_training(zoo):
+    poses = read_coco(*find_split(zoo, "train"))
+    x, y, w, h = poses.instances[0].box
+    moved = replace(poses.instances[0], box=(x + 3 * w, y, w, h))
+    changed = replace(poses, instances=(moved, *poses.instances[1:]))
+    with pytest.warns(UserWarning, match=f"boxes that are not around their keypoints: 1, first {moved.id};"):
+        warn_findings(changed)
+
+
+def test_species_with_fewer_labels_than_asked(zoo, capsys):
+    poses = read_coco(*find_split(zoo, "train"))
+    line = describe_few(poses, 1000)
+    kinds = len(set(poses.column("category")))
+    assert line.startswith(f"species with fewer than 1000 labelled images: {kinds}, first ")
+    assert describe_few(poses, 1) == ""
+    assert cli.main(["check", str(zoo), "--labels", "1000"]) == 0
+    assert capsys.readouterr().out.count(line) == 1
+    from scarcenet.data.splits import known_labels
+
+    with pytest.warns(UserWarning, match="fewer than 1000 labelled images"):
+        known_labels(quick(zoo, labels=1000), poses)
+
+
+def test_a_list_of_ids_of_another_set(zoo, tmp_path, capsys):
+    poses = read_coco(*find_split(zoo, "train"))
+    file = tmp_path / "ids.json"
+    file.write_text(json.dumps([poses.instances[0].image_id, 90001, 90002, 90003, 90004]))
+    from scarcenet.data.splits import known_labels
+
+    with pytest.warns(
+        UserWarning, match="4 ids of no image .*first: 90001, 90002, 90003; only 1 match: is it the list"
+    ):
+        known_labels(quick(zoo, labels=str(file)), poses)
+    assert cli.main(["check", str(zoo), "--labels", str(file)]) == 0
+    assert "only 1 match" in capsys.readouterr().out
+
+
+def test_check_for_programs(animals, capsys):
+    """One JSON object; exit code 1 only for what training refuses."""
+    file = animals / "annotations" / "ap10k-train-split1.json"
+    content = json.loads(file.read_text())
+    first = content["annotations"][0]
+    first["bbox"] = [0, 0, 3, 3]
+    turned, exif = animals / "data" / content["images"][1]["file_name"], Image.Exif()
+    exif[0x0112] = 3
+    Image.open(turned).convert("RGB").rotate(180).save(turned, exif=exif)
+    file.write_text(json.dumps(content))
+    assert cli.main(["check", str(animals), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    train = next(part for part in told["files"] if part["file"] == str(file))
+    faults = {fault["kind"]: fault for fault in train["faults"]}
+    assert faults["boxes that are not around their keypoints"] | {"first": [], "count": 0} == dict(
+        kind="boxes that are not around their keypoints", count=0, first=[]
+    )
+    assert first["id"] in faults["boxes that are not around their keypoints"]["first"]
+    assert any(f"first {turned.name} (3)" in note for note in train["notes"]) and train["broken_count"] == 0
+    turned.write_bytes(turned.read_bytes()[:500])
+    assert cli.main(["check", str(animals), "--json"]) == 1
+    assert turned.name in json.dumps(json.loads(capsys.readouterr().out)["files"])
+
+
+# ---- trainings
+
+
+def test_a_loss_that_is_not_finite(zoo, tmp_path, monkeypatch):
+    """The training ends with the images of the batch, and keeps nothing of that epoch."""
+    config = quick(zoo, supervised_epochs=2)
+    run_data = load_run_data(config, tmp_path)
+    real, seen = training.learn_supervised, []
+
+    def broken(config, data, state, engine, batch):
+        values, step = real(config, data, state, engine, batch)
+        seen.append(batch.index.tolist())
+        return (values * float("nan") if len(seen) == 2 else values), step
+
+    monkeypatch.setattr(training, "SUPERVISED", replace(training.SUPERVISED, learn=broken))
+    with pytest.raises(ValueError, match="not finite: stage supervised, epoch .*lower --supervised-lr") as caught:
+        train_in_folder(config, tmp_path, run_data)
+    ids = str(caught.value).rpartition(": ")[2].split(", ")
+    assert ids == list(dict.fromkeys(str(run_data.train.instances[n].image_id) for n in seen[1]))
+    assert "\n" not in str(caught.value)
+    rows = read_rows(tmp_path / "metrics.csv") if (tmp_path / "metrics.csv").exists() else []
+    assert all(np.isfinite(float(row["loss"])) for row in rows)
+
+
+def test_a_learning_rate_at_which_maps_fade(zoo, tmp_path):
+    """A whole training that diverges says so."""
+    row = dict(stage="scarcenet", epochs=9, epoch=3, peak=0.4, student_AP=0.3, teacher_AP=0.2)
+    assert describe_collapse([row, row | dict(epoch=4)]) == []
+    (score,) = describe_collapse([row, row | dict(epoch=4, student_AP=0.0)])
+    assert score == "stage scarcenet, epoch 4: student AP on val fell from 0.300 to 0; choose a lower --lr"
+    (faded,) = describe_collapse([row, row | dict(epoch=4, peak=0.001)])
+    assert "the maps have faded, mean peak 0.001 of 1, before 0.400" in faded
+    config = quick(zoo, supervised_epochs=4, supervised_lr=1e-9, epochs=0)
+    with pytest.warns(UserWarning, match="stage supervised, epoch 4: the maps never rose"):
+        train_in_folder(config, tmp_path, load_run_data(config, tmp_path))
+    assert all(float(row["peak"]) < 0.02 for row in read_rows(tmp_path / "metrics.csv"))
+
+
+def test_out_of_gpu_memory(zoo, tmp_path, monkeypatch, capsys):
+    """One line with batch and size, and a batch that probably fits; exit code 1."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr(training, "SUPERVISED", replace(training.SUPERVISED, learn=full))
+    words = "train demo --network hrnet_tiny --size 32 --device cpu --labels 1 --supervised-batch 12 --backbone".split()
+    assert cli.main([*words, "", "--data", str(zoo), "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == ("scarcenet: out of GPU memory with batch 12 of 32 x 32 px; --supervised-batch 6 probably fits")
+    assert fitting_batch(64, held=1e9, needed=40e9, total=8e9) == 10
+    with pytest.raises(ValueError, match="smaller --size"), explain_step("--batch", 1, 256, torch.device("cpu")):
+        full()
+
+
+def test_torch_s_words_elsewhere(monkeypatch, capsys):
+    def fail(error):
+        def check() -> None:
+            """A command that fails."""
+            raise error
+
+        monkeypatch.setitem(cli.COMMANDS, "check", check)
+        return cli.main(["check"])
+
+    assert fail(torch.OutOfMemoryError("CUDA out of memory.\nmore")) == 1
+    assert capsys.readouterr().err.startswith("scarcenet: out of GPU memory")
+    assert fail(RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be")) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="mistake"):
+        fail(RuntimeError("a mistake in the program"))
+
+
+def test_batch_one_at_32_px(zoo, tmp_path, capsys):
+    """It works where batch norm has two pixels to compare, and is one line where it has not."""
+    words = (
+        "train demo --network hrnet_tiny --device cpu --labels 1 --supervised-repeat 1 --supervised-epochs 1".split()
+    )
+    words += ["--epochs", "0", "--supervised-batch", "1", "--backbone", "", "--data", str(zoo), "--size"]
+    code = cli.main([*words, "32", "--out", str(tmp_path / "a")])
+    error = capsys.readouterr().err
+    assert code == 0 or code == 1 and "batch 1 of 32 x 32 px" in error and "value per channel" not in error
+    assert cli.main([*words, "64", "--out", str(tmp_path / "b")]) == 0
+
+
+# ---- tables and caches
+
+
+def test_a_species_called_like_a_network(zoo):
+    """Its columns are not the network's."""
+    poses = read_coco(*find_split(zoo, "test"))
+    names = ("teacher", "=1+1", *poses.column("category")[2:])
+    renamed = replace(
+        poses, instances=tuple(replace(i, category=n) for i, n in zip(poses.instances, names, strict=True))
+    )
+    columns = row_columns(renamed, PRESETS["demo"])
+    assert len(set(columns)) == len(columns) and "species teacher_AP" in columns and "'=1+1_AP" in columns
+
+
+def test_formulas_in_tables(zoo):
+    """Text of a set that a spreadsheet would run is text in the tables that are written; numbers stay numbers."""
+    cells = {"=cmd|' /C calc'!A0": "'=cmd|' /C calc'!A0", "@SUM(A1)": "'@SUM(A1)", "-1.5": "-1.5", -2: -2, "a-b": "a-b"}
+    assert [plain_cell(cell) for cell in cells] == list(cells.values())
+    assert plain_cell("-a.png", is_path=True) == "./-a.png"
+    assert _columns([1], ["=nose", "tail"])["bodyparts"] == ["'=nose"] * 3 + ["tail"] * 3
+
+
+def test_a_cache_that_was_cut_short_is_made_again(zoo, tmp_path):
+    instances = read_coco(*find_split(zoo, "train")).instances[:6]
+    whole = load_crops(instances, 32)
+    for cut in (1, 12 * 32**2, 10**6):
+        load_crops(instances, 32, limit_mb=0, cache=tmp_path)
+        (file,) = tmp_path.glob("*.crops")
+        file.write_bytes(file.read_bytes()[:-cut])
+        again = load_crops(instances, 32, limit_mb=0, cache=tmp_path)
+        assert torch.equal(again.pixels, whole.pixels)
+
+
+def test_a_cache_does_not_grow_for_ever(zoo, tmp_path):
+    """What no run has used for a month goes; what is used stays, however old it is."""
+    instances = read_coco(*find_split(zoo, "train")).instances[:4]
+    load_crops(instances, 32, limit_mb=0, cache=tmp_path)
+    (used,) = tmp_path.glob("*.crops")
+    for name, days in (("old.crops", 40), ("new.crops", 10), ("notes.txt", 400), (used.name, 50)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - days * 86400,) * 2)
+    load_crops(instances, 32, limit_mb=0, cache=tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {used.name, "new.crops", "notes.txt"}
