@@ -7,13 +7,12 @@ __all__ = ['State', 'adam', 'start', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/core/checkpoint.ipynb #imports
 import hashlib
-import json
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from .config import Config
@@ -23,6 +22,7 @@ from .heatmap import Keypoints
 from .models.build import build_network
 from .models.weights import METADATA, read_model_info, write_tensors
 from .utils.distributed import world_size
+from .utils.files import parse_json
 
 # %% ../nbs/core/checkpoint.ipynb #state
 @dataclass
@@ -82,28 +82,51 @@ def load_checkpoint(file: Path, config: Config, data: TrainingSet) -> State:
 
     ValueError if the file is damaged, or belongs to another network, another data set or other labels.
     """
-    state, device = start(config, data), data.crops.device
-    parts: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}, "optimiser": {}, "pseudo": {}}
+    state = start(config, data)
+    found = n = len(data.crops)
     try:
-        with safe_open(file, "pt") as f:
-            place = json.loads(f.metadata()[METADATA])
-            for name in f.keys():
-                part, _, rest = name.partition(".")
-                parts[part][rest] = f.get_tensor(name).to(device)
-        state.student.load_state_dict(parts["student"])
-        state.teacher.load_state_dict(parts["teacher"])
-        state.stage, state.epoch, state.step = place["stage"], int(place["epoch"]), int(place["step"])
-        state.scale = dict(place.get("scale", {}))
-    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        place, parts = _read_parts(file, data.crops.device)
+        if "xy" in parts["pseudo"]:
+            found = len(parts["pseudo"]["xy"])
+        if found == n:
+            _restore(state, place, parts, data)
+    except Exception as e:  # damaged files fail in many ways, and all of them are refused
         reason = " ".join(str(e).split())[:300]
         raise ValueError(f"{file}: no checkpoint of this run ({reason})") from None
-    if pseudo := parts["pseudo"]:
-        if len(pseudo["xy"]) != len(data.crops):
-            counts = f"{len(pseudo['xy'])} instances, but the data set has {len(data.crops)}"
-            raise ValueError(f"{file}: pseudo-labels of {counts}")
-        state.pseudo = Keypoints(**pseudo)
+    if found != n:
+        raise ValueError(f"{file}: pseudo-labels of {found} instances, but the data set has {n}")
     if place.get("labels", state.labels) != state.labels:
         raise ValueError(f"{file}: checkpoint was trained with different labels; resume needs the original ones")
+    return state
+
+
+def _read_parts(file: Path, device: torch.device) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    """What a checkpoint says of its place in the run, and its tensors by part and name."""
+    parts: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}, "optimiser": {}, "pseudo": {}}
+    with safe_open(file, "pt") as f:
+        place = parse_json(f.metadata()[METADATA])
+        for name in f.keys():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = f.get_tensor(name).to(device)
+    return place, parts
+
+
+def _restore(state: State, place: dict, parts: dict[str, dict[str, Tensor]], data: TrainingSet) -> None:
+    """Put into `state` what a checkpoint holds; any error if that is not a whole state."""
+    state.student.load_state_dict(parts["student"])
+    state.teacher.load_state_dict(parts["teacher"])
+    state.stage, state.epoch, state.step = place["stage"], place["epoch"], place["step"]
+    for count in (state.epoch, state.step):
+        if type(count) is not int or count < 0:
+            raise ValueError(f"expected numbers of finished epochs and steps, got {count!r}")
+    if state.stage not in ("supervised", "scarcenet") or (state.stage == "scarcenet") != bool(parts["pseudo"]):
+        raise ValueError(f"stage {state.stage!r} does not fit its pseudo-labels")
+    state.scale = {str(name): value for name, value in place.get("scale", {}).items()}
+    if pseudo := parts["pseudo"]:
+        n, k = len(data.crops), len(data.schema)
+        if pseudo["xy"].shape != (n, k, 2) or pseudo["score"].shape != (n, k):
+            raise ValueError(f"pseudo-labels of other keypoints than the {k} of the data set")
+        state.pseudo = Keypoints(**pseudo)
     memory: dict[int, dict[str, Tensor]] = {}
     weights = list(state.student.parameters())
     for name, value in parts["optimiser"].items():
@@ -112,4 +135,3 @@ def load_checkpoint(file: Path, config: Config, data: TrainingSet) -> State:
         # a file does not keep the layout in memory, and the fused optimiser reads weights and moments side by side
         memory.setdefault(i, {})[key] = torch.empty_like(weights[i]).copy_(value) if value.dim() else value
     state.optimiser.load_state_dict({**state.optimiser.state_dict(), "state": memory})
-    return state

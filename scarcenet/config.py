@@ -234,7 +234,7 @@ def read_config(where: Path | str, data: Path | str | None = None) -> Config:
     try:
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
         return Config(**settings | ({"data": str(data)} if data else {}))
-    except (TypeError, AttributeError) as e:
+    except (TypeError, AttributeError, ValueError) as e:
         raise ValueError(f"{file}: not the configuration of a run ({e})") from None
 
 # %% ../nbs/core/config.ipynb #presets

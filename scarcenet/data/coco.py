@@ -24,6 +24,7 @@ from .names import parse_pairs, with_pairs
 from .names import plain_name as plain_name
 from .names import schema_of as schema_of
 from .repair import repair
+from .values import LARGEST
 from .values import Finding as Finding
 from .values import keypoint_box as keypoint_box
 from ..schema import AP10K as AP10K  # for the examples of docstrings
@@ -111,7 +112,7 @@ def by_id(file: Path | str, data: object, part: str) -> dict[int, dict]:
     found: dict[int, dict] = {}
     for place, entry in enumerate(entries):
         key = entry.get("id") if isinstance(entry, dict) else None
-        if type(key) is not int:
+        if type(key) is not int or abs(key) > LARGEST:
             raise ValueError(f"{file}: {part}[{place}]: expected an integer id, got {key!r}")
         if key in found:
             raise ValueError(f"{file}: {part}[{place}]: duplicate id {key}")
@@ -314,9 +315,8 @@ def empty_instances(
     named = [c for c in categories.values() if len(categories) == 1 or c["name"] == "animal"]
     category: dict = named[0] if named else dict(id=max(categories) + 1, name="animal")
     for image in rest:
-        box = [0, 0, image.get("width"), image.get("height")]
-        entry: dict = dict(id=top - image["id"], image_id=image["id"], category_id=category["id"], bbox=box)
-        entry["bbox_source"] = "image"
+        box = dict(bbox=[0, 0, image.get("width"), image.get("height")], bbox_source="image")
+        entry: dict = dict(id=top - image["id"], image_id=image["id"], category_id=category["id"], **box)
         yield read_instance(file, entry, images, {category["id"]: category}, folder, upright)
 
 # %% ../../nbs/data/coco.ipynb #write

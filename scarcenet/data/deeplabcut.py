@@ -30,7 +30,7 @@ from scarcenet.data.label_source import (
     read_yaml,
 )
 from .layout import IMAGES, VIDEOS, name_parts
-from .values import Findings
+from .values import MOST_KEYPOINTS, Findings
 
 # %% ../../nbs/data/deeplabcut.ipynb #table
 class Table(NamedTuple):
@@ -167,6 +167,8 @@ def poses(table: Table, names: Sequence[str], tally: Findings) -> tuple[np.ndarr
     """The keypoints of A animals in each of the table's R rows: xy (R, A, K, 2) and labelled (R, A, K) bool."""
     animals = list(dict.fromkeys(column[0] for column in table.columns))
     place = {name: k for k, name in enumerate(names)}
+    if len(animals) * len(names) > 10 * len(table.columns) + 10 * MOST_KEYPOINTS:
+        raise ValueError(f"{table.file}: {len(animals)} animals, nearly all without most of the {len(names)} bodyparts")
     xy = np.full((len(table.rows), len(animals), len(names), 2), np.nan)
     for n, (animal, name, coord) in enumerate(table.columns):
         if name in place:

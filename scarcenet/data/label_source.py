@@ -232,7 +232,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         content = None if long else yaml.safe_load(file.read_text(encoding="utf-8-sig"))
         if long or _length(content, {}) > LONGEST_YAML:
             raise ValueError(f"more than {LONGEST_YAML} characters, its aliases written out")
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+    except Exception as e:  # the library's constructors fail in many ways
         raise ValueError(f"{file}: not a readable YAML file ({one_line(e)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected settings by name (name: value), got {type(content).__name__}")

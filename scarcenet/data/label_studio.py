@@ -7,6 +7,7 @@ __all__ = ['task_path', 'ImageSearch', 'Region', 'chosen_annotation', 'is_label_
 
 # %% ../../nbs/data/label_studio.ipynb #imports
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -148,7 +149,7 @@ def _read_animals(
     parents = dict.fromkeys([*boxes, *(point.parent for point in found["point"])])
     for parent in parents:
         points = [point for point in found["point"] if point.parent == parent]
-        repeated = {point.label for point in points if [p.label for p in points].count(point.label) > 1}
+        repeated = {label for label, count in Counter(point.label for point in points).items() if count > 1}
         if repeated and parent not in boxes:
             kind = "images with keypoints of several animals and no rectangles that tell them apart"
             tally.add(kind, "not labelled", f"{where}: {sorted(repeated)[0]!r} occurs more than once")
@@ -203,11 +204,11 @@ def read_label_studio(
             tally.add(kind, "skipped", f"{where}: {address or 'no image'}")
             continue
         items = chosen_annotation(task, where, tally)
-        stated = {(item.get("original_width"), item.get("original_height")) for item in items}
+        stated = [(item.get("original_width"), item.get("original_height")) for item in items]
         if any(item.get("image_rotation") for item in items):
             tally.add("images that were turned in Label Studio", "taken as not labelled", where)
             items = []
-        is_told = size.stored != size.upright and bool({size.stored, size.upright} & stated)
+        is_told = size.stored != size.upright and any(s in (size.stored, size.upright) for s in stated)
         is_stored = size.stored in stated if is_told else upright is False
         frame = size.stored if is_stored else size.upright
         regions.append((where, _groups(items, frame, where, tally)))

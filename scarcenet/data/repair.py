@@ -15,6 +15,7 @@ import numpy as np
 from .layout import ImageFinder, end_alike, header_size, name_parts
 from scarcenet.data.values import (
     FAR,
+    MOST_KEYPOINTS,
     Finding,
     Findings,
     Ids,
@@ -105,9 +106,9 @@ def _leads_out(name: str) -> bool:
 
 # %% ../../nbs/data/repair.ipynb #repair-categories
 def keypoint_names(category: dict) -> list[str]:
-    """The names of a category's keypoints; none where it has no such list."""
+    """The names of a category's keypoints; none where it has no such list, or one that is longer than any."""
     names = category.get("keypoints")
-    if not isinstance(names, list) or not all(isinstance(n, (str, int)) and not isinstance(n, bool) for n in names):
+    if not isinstance(names, list) or len(names) > MOST_KEYPOINTS or any(type(n) not in (str, int) for n in names):
         return []
     return [str(name) for name in names]
 

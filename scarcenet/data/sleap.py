@@ -194,9 +194,7 @@ def load_slp(file: Path) -> Any:
             warnings.simplefilter("ignore")
             return sleap_io.load_slp(str(file), open_videos=False)
     except Exception as e:  # noqa: BLE001 (it checks little of what it reads)
-        raise ValueError(
-            f"{file}: SLEAP's labels could not be read ({one_line(e)}); save them again in SLEAP"
-        ) from None
+        raise _unreadable(file, e) from None
 
 
 def _points(instance: Any, names: tuple[str, ...], where: str, tally: Findings) -> tuple[np.ndarray, np.ndarray] | None:
@@ -214,6 +212,10 @@ def _points(instance: Any, names: tuple[str, ...], where: str, tally: Findings) 
     return np.where(visible[:, None], xy, 0), visible.astype(np.uint8) * 2
 
 
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file}: SLEAP's labels could not be read ({one_line(error)}); save them again in SLEAP")
+
+
 def read_sleap(path: Path | str, *, upright: bool | None = None, videos: Sequence[Path | str] = ()) -> LabelSource:
     """The labels of a SLEAP file, .slp or .pkg.slp.
 
@@ -223,8 +225,17 @@ def read_sleap(path: Path | str, *, upright: bool | None = None, videos: Sequenc
     are looked for. ValueError of one line if sleap-io is not installed, or no labelled frame is there.
     """
     file, tally = Path(path), Findings()
-    places = Places([file.absolute().parent], videos, tally)
-    labels = load_slp(file)
+    places, labels = Places([file.absolute().parent], videos, tally), load_slp(file)
+    try:
+        return _read_labels(file, labels, places, tally, upright)
+    except (ValueError, OSError):
+        raise
+    except Exception as e:  # noqa: BLE001 (sleap-io hands on what a damaged file holds)
+        raise _unreadable(file, e) from None
+
+
+def _read_labels(file: Path, labels: Any, places: Places, tally: Findings, upright: bool | None) -> LabelSource:
+    """`read_sleap` of sleap-io's labels."""
     used = Counter(tuple(i.skeleton.node_names) for frame in labels for i in frame.user_instances)
     if not used:
         held = sum(len(frame.predicted_instances) for frame in labels)

@@ -27,7 +27,7 @@ from scarcenet.data.label_source import (
     read_yaml,
 )
 from .layout import IMAGES, SPLITS, name_parts
-from .values import Findings
+from .values import MOST_KEYPOINTS, Findings, as_int
 
 # %% ../../nbs/data/ultralytics.ipynb #settings
 class PoseSettings(NamedTuple):
@@ -58,7 +58,7 @@ def find_pose_settings(path: Path) -> Path | None:
 def _by_number(value: object) -> dict[int, Any]:
     """A list, or a dictionary by number, as a dictionary by number."""
     if isinstance(value, dict):
-        return {int(key): item for key, item in value.items() if str(key).lstrip("-").isdigit()}
+        return {n: item for key, item in value.items() if (n := as_int(key)) is not None}
     return dict(enumerate(value)) if isinstance(value, (list, tuple)) else {}
 
 
@@ -83,7 +83,11 @@ def read_pose_settings(file: Path, tally: Findings) -> PoseSettings:
     content = read_yaml(file)
     shape = content.get("kpt_shape")
     if not (
-        isinstance(shape, list) and len(shape) == 2 and type(shape[0]) is int and shape[0] > 0 and shape[1] in (2, 3)
+        isinstance(shape, list)
+        and len(shape) == 2
+        and type(shape[0]) is int
+        and 0 < shape[0] <= MOST_KEYPOINTS
+        and shape[1] in (2, 3)
     ):
         raise ValueError(f"{file}: expected kpt_shape: [keypoints, 2 or 3], got {repr(shape)[:60]}")
     count = shape[0]

@@ -87,8 +87,9 @@ TABLE_COLUMNS = (*SCORE_COLUMNS, "over supervised", "seeds")  # of a printed tab
 
 
 def method_scores(rows: Iterable[Mapping], labels: str, method: str, column: str) -> dict[int, float]:
-    """One column of one method at one number of labels, by seed."""
-    return {int(r["seed"]): float(r[column]) for r in rows if (r["labels"], r["method"]) == (labels, method)}
+    """One column of one method at one number of labels, by seed; without the rows that have nothing in it."""
+    chosen = [r for r in rows if (r["labels"], r["method"]) == (labels, method) and r.get(column) not in (None, "")]
+    return {int(r["seed"]): float(r[column]) for r in chosen}
 
 
 def method_gains(
@@ -101,7 +102,9 @@ def method_gains(
 
 
 def mean_std(values: Sequence[float], sign: str = "") -> str:
-    """Mean ± standard deviation over seeds; of a single seed, the value alone."""
+    """Mean ± standard deviation over seeds; of a single seed, the value alone; of none, a dash."""
+    if not values:
+        return "-"
     return f"{np.mean(values):{sign}.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 

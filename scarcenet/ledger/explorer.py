@@ -44,7 +44,7 @@ from ..predict.predictor import find_poses
 from ..record import Record, by_instance
 from ..relabel import DECISION_COLOURS, Decision, agreement_distance
 from ..run.figures import STYLE, curves, html_table, usage_html
-from ..run.folder import read_rows
+from ..run.folder import read_metrics
 
 # %% ../../nbs/ledger/explorer.ipynb #pack
 def pack(array: ArrayLike) -> dict:
@@ -329,7 +329,7 @@ def report_page(
     )
     sections = _audit_sections(ledger, poses, judged) if judged["label_right"].notna().any() else {}
     if (run / "metrics.csv").is_file():
-        sections["Curves"] = figure_html(curves(read_rows(run / "metrics.csv")), "curves")
+        sections["Curves"] = figure_html(curves(read_metrics(run / "metrics.csv")), "curves")
     sections["Use this network"] = usage_html(run)
     css, js, page = ((ASSETS / n).read_text(encoding="utf-8") for n in ("explorer.css", "explorer.js", "report.html"))
     return Template(page).substitute(

@@ -23,7 +23,7 @@ from ..config import Config, read_config
 from ..data.coco import PoseSet, Truth, coco_json
 from ..mean_teacher import consistency_mask
 from ..pseudo_labels import confidence_cut
-from ..record import Record, by_instance, read_epoch, read_table
+from ..record import INSTANCE_COLUMNS, LABEL_COLUMNS, Record, by_instance, read_epoch, read_table
 from ..relabel import DECISION_COLOURS, Decision, agreement_distance, decide
 from ..small_loss import keep_rate, quota, select_small_loss
 
@@ -96,14 +96,14 @@ def open_ledger(run: Path | str, data: Path | str | None = None) -> Ledger:
     if not file.is_file():
         reason = "the run was trained with --no-ledger, or has not finished an epoch of stage 3"
         raise FileNotFoundError(f"{folder}: no ledger there: {reason}")
-    instances = read_table(folder / "instances.parquet").to_pandas()
-    labels = read_table(file).to_pandas()
+    instances = read_table(folder / "instances.parquet", INSTANCE_COLUMNS).to_pandas()
+    labels = read_table(file, LABEL_COLUMNS).to_pandas()
     try:
         names = tuple(map(str, labels["name"].cat.categories))
         shape = (len(instances), len(names))
         columns = ("label_x", "label_y", "score", "has_label")
         x, y, score, has_label = (torch.from_numpy(labels[c].to_numpy().copy()).view(shape) for c in columns)
-    except (KeyError, AttributeError, RuntimeError) as e:
+    except (KeyError, AttributeError, RuntimeError, ValueError) as e:
         reason = " ".join(str(e).split())[:100]
         raise ValueError(f"{file}: does not belong to instances.parquet beside it ({reason})") from None
     found = (re.fullmatch(r"epoch-(\d+)\.parquet", f.name) for f in folder.iterdir())

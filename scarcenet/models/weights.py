@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..data.loader import IMAGENET_MEAN, IMAGENET_STD
 from .hrnet import PoseNet
 from ..schema import KeypointSchema
-from ..utils.files import atomic
+from ..utils.files import atomic, parse_json
 
 # %% ../../nbs/models/weights.ipynb #public-state
 def public_state(model: nn.Module) -> dict[str, Tensor]:
@@ -101,8 +101,8 @@ def read_metadata(file: Path | str) -> dict[str, Any]:
         return {}
     try:
         with safetensors.safe_open(file, "pt") as opened:
-            metadata = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+            metadata = parse_json((opened.metadata() or {}).get(METADATA, "{}"))
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file}: not a readable weights file ({type(error).__name__})") from None
     return metadata if isinstance(metadata, dict) else {}
 
@@ -123,7 +123,7 @@ def read_model_info(file: Path | str) -> ModelInfo | None:
         if (info.mean, info.std) != (IMAGENET_MEAN, IMAGENET_STD):
             raise ValueError(f"expected ImageNet's normalisation of the input, got {info.mean} and {info.std}")
         return info
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, KeyError, RecursionError, OverflowError) as error:
         raise ValueError(f"{file}: its metadata do not describe a network ({error})") from None
 
 
@@ -185,7 +185,12 @@ def _is_state(state: Any) -> TypeGuard[Mapping[str, Tensor]]:
     """Whether this is a state dict: names and their tensors, at least one."""
     if not isinstance(state, Mapping) or not state:
         return False
-    return all(isinstance(name, str) and isinstance(t, Tensor) for name, t in state.items())
+    return all(isinstance(name, str) and isinstance(t, Tensor) and _is_plain(t) for name, t in state.items())
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds real numbers, each in a place of its own: neither sparse, quantised nor complex."""
+    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_complex()
 
 # %% ../../nbs/models/weights.ipynb #placeholder
 class _Placeholder:
