@@ -263,8 +263,8 @@ def _choose(
 
 def _doubt_of(doubt: Doubt, rows: np.ndarray) -> Doubt:
     """The doubt about some of the animals."""
-    parts = (doubt.apart[rows], doubt.unreliable[rows], doubt.score[rows], doubt.side[rows])
-    return Doubt(*parts, epochs=doubt.epochs)
+    apart, unreliable, score, side, epochs = doubt
+    return Doubt(apart[rows], unreliable[rows], score[rows], side[rows], epochs)
 
 
 def _rows_by_image(images: np.ndarray) -> list[np.ndarray]:
@@ -339,10 +339,7 @@ Marks = dict[str, tuple[int, str]]  # rank and reason of suggested images, by th
 
 
 def read_suggested(folder: Path | str) -> Marks:
-    """Rank and reason of each image from a folder that `Suggestions.save` has written.
-
-    ValueError if its suggested.csv is none, FileNotFoundError if there is none.
-    """
+    """Rank and reason of each image in a folder of `Suggestions.save`; ValueError or FileNotFoundError without them."""
     file = Path(folder) / "suggested.csv"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; `scarcenet suggest` writes it")

@@ -88,7 +88,8 @@ def train_run(
 
     Examples:
         >>> run = train_run("demo", out=folder / "run", data=zoo, network="hrnet_tiny", backbone="", size=32,
-        ...                 labels=1, supervised_epochs=1, epochs=1, device="cpu", progress=False)
+        ...                 labels=1, supervised_epochs=1, epochs=1, device="cpu", precision="float32",
+        ...                 progress=False)
         >>> run.best, sorted(run.networks)
         ('teacher', ['student', 'supervised', 'teacher'])
     """
@@ -110,9 +111,7 @@ def train_run(
         run_data = load_run_data(config, folder, progress)
         if is_main_process():
             warn_of_set(config, run_data)
-        summary = train_in_folder(
-            config, folder, run_data, resume=resume, progress=progress, tensorboard=tensorboard
-        )
+        summary = train_in_folder(config, folder, run_data, resume=resume, progress=progress, tensorboard=tensorboard)
         return Run(folder, read_config(folder), summary)
 
 # %% ../../nbs/run/train_run.ipynb #run
