@@ -143,7 +143,10 @@ def damage_json(data: bytes, words: Words) -> bytes:
     if words.rng.random() < 0.01:
         deep = words.rng.choice(DEEP)
         return b"[" * deep + (b"]" * deep if words.rng.random() < 0.5 else b"")
-    return json.dumps(damage_value(json.loads(data), words)).encode()
+    try:
+        return json.dumps(damage_value(json.loads(data), words)).encode()
+    except RecursionError:  # parts of it were put into each other
+        return b"[" * DEEP[2]
 
 
 def damage_table(data: bytes, words: Words) -> bytes:

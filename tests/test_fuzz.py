@@ -160,7 +160,8 @@ def test_label_studio_with_sizes_that_are_lists(zoo, tmp_path):
         type="keypointlabels", original_width=[], original_height={}, value=dict(x=1, y=1, keypointlabels=["a"])
     )
     task = dict(data=dict(img=image.name), annotations=[dict(result=[item])])
-    (tmp_path / "tasks.json").write_text(json.dumps([task]))
+    other = dict(data=dict(img=image.name), annotations=7)  # no list of annotations
+    (tmp_path / "tasks.json").write_text(json.dumps([task, other]))
     assert read_labels(tmp_path / "tasks.json").names == ("a",)
 
 
@@ -175,6 +176,14 @@ def test_an_h5_that_claims_much(tmp_path):
             pass
 
     refused(tmp_path / "a.h5", read, "claims 8000000000 bytes")
+    with h5py.File(tmp_path / "b.h5", "w") as content:
+        content["frame_numbers"] = 7
+
+    def slice_it():
+        with open_hdf5(tmp_path / "b.h5") as content:
+            content["frame_numbers"][:]
+
+    refused(tmp_path / "b.h5", slice_it, "Illegal slicing")
 
 
 def test_names_are_no_html(tmp_path):

@@ -101,6 +101,7 @@ def _read_region(item: dict[str, Any], kind: str, size: tuple[int, int]) -> Iter
 def chosen_annotation(task: dict[str, Any], where: str, tally: Findings) -> list[dict[str, Any]]:
     """The regions of a task's annotation: of its ground truth, or else of the one that was changed last."""
     entries = task.get("annotations") or task.get("completions") or []
+    entries = entries if isinstance(entries, list) else []
     entries = [e for e in entries if isinstance(e, dict) and not e.get("was_cancelled")]
     for _ in entries[1:]:
         tally.add("further annotations of the same image", "left out: the ground truth, or the last, is used", where)
