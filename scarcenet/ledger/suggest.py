@@ -300,18 +300,17 @@ MOST_DRAWN = 200  # images of a contact sheet
 
 
 def sheet_window(poses: PoseSet, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The corners (2,) of a square around the animals `rows` of one image, image px; inside of the image if it fits.
-
-    It goes by an animal's confident keypoints, if there are enough: boxes may be whole images, the others lie anywhere.
-    """
+    """The corners (2,), image px, of a square around animals of one image: of each no more than its keypoints need."""
     first, corners = poses.instances[rows[0]], []
     size = np.array([first.width, first.height])
-    for xy, visible in zip(poses.truth.xy[rows], poses.truth.visible[rows], strict=True):
-        sure = visible == 2
-        x, y, w, h = keypoint_box(xy, sure if 3 * sure.sum() >= len(sure) else np.ones_like(sure), *size)
-        corners.append([(x, y), (x + w, y + h)])
-    low, high = np.min(corners, (0, 1)), np.max(corners, (0, 1))
-    side = min(1.3 * (high - low).max(), size.max())
+    for n in rows:
+        box, sure = np.array(poses.instances[n].box), poses.truth.visible[n] == 2
+        counts = sure if 3 * sure.sum() >= len(sure) else np.ones_like(sure)
+        x, y, w, h = keypoint_box(poses.truth.xy[n], counts, *size)
+        middle, reach = np.array((x + w / 2, y + h / 2)), 0.75 * max(w, h)
+        corners += [np.maximum(box[:2], middle - reach), np.minimum(box[:2] + box[2:], middle + reach)]
+    low, high = np.min(corners, 0), np.max(corners, 0)
+    side = min(1.2 * (high - low).max(), size.max())
     room = size - side
     low = np.clip((low + high - side) / 2, np.minimum(room / 2, 0), np.maximum(room, room / 2))
     return low - 0.5, low + side - 0.5
