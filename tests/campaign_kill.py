@@ -123,7 +123,10 @@ def campaign(folder: Path, kills: int, seed: int = 0, how: int = signal.SIGKILL,
         before, count = killed, 0
         for name, words in commands(place).items():
             while True:
-                process = start(words, is_begun(place, name))
+                begun = is_begun(place, name)
+                if (place / name).exists() and not begun:  # killed when all was done
+                    break
+                process = start(words, begun)
                 try:  # most of the first second is the imports'; after some kills, let it end
                     limit = rng.uniform(0.2, 1.1) * seconds[name] if count < 8 and killed < kills else 600
                     _, error = process.communicate(timeout=limit)
