@@ -46,6 +46,7 @@ DIRECTIVE = re.compile(r"^#\|.*\n?", re.M)
 # in Markdown: what is left alone (fences, links), or a name in backticks
 NAME = re.compile(r"```.*?```|!?\[[^\]]*\]\([^)]*\)|^#.*$|(?<!`)`([\w/]+)`(?!`)", re.M | re.S)
 LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
+INSIDE = re.compile(r"\]\(#[^)\s]*\)")  # a link to a heading of the same page
 
 
 def find_notebooks() -> dict[str, nbformat.NotebookNode]:
@@ -102,6 +103,7 @@ def link_texts(text: str, page: str, names: dict[str, nbformat.NotebookNode], pu
             return f"[`{name}`]({relpath(name, here)}.ipynb)"
         return f"{{py:obj}}`~scarcenet.{name}`" if name in public - COMMANDS else match[0]
 
+    text = INSIDE.sub(lambda match: match[0].lower(), text)
     return NAME.sub(link_name, LINK.sub(link_file, text))
 
 

@@ -50,6 +50,7 @@ COURSE = [name for name in NOTEBOOKS if docs.is_course(name)]
         ("```\n`encode`\n```", "```\n`encode`\n```"),
         ("[`encode`](../03_heatmaps.ipynb)", "[`encode`](../03_heatmaps.ipynb)"),
         ("[all](../09_training.ipynb#The-differences)", "[all](../09_training.ipynb#the-differences)"),
+        ("[below](#By-hand)", "[below](#by-hand)"),
         ("[rows](../measured/zoo.csv)", f"[rows]({docs.FILES}/nbs/measured/zoo.csv)"),
         ("[help](../../.github/CONTRIBUTING.md)", f"[help]({docs.FILES}/.github/CONTRIBUTING.md)"),
         ("![zoo](../images/zoo.png)", "![zoo](../images/zoo.png)"),
