@@ -135,11 +135,8 @@ def campaign(folder: Path, kills: int, seed: int = 0, how: int = signal.SIGKILL,
                     _, error = process.communicate()
                     killed, count = killed + 1, count + 1
                     wrong += [f"run {runs}, {name}: {b}" for b in whole(place, name)]
-                    if how == signal.SIGTERM and process.returncode not in (
-                        0,
-                        143,
-                        -how,
-                    ):  # the last: before anything is begun
+                    expected_codes = (0, 143, -how)  # the last before anything is begun
+                    if how == signal.SIGTERM and process.returncode not in expected_codes:
                         wrong.append(f"run {runs}, {name}: code {process.returncode}: {error[-300:]}")
                     if process.returncode in (-how, 143):
                         continue

@@ -23,7 +23,7 @@ from scarcenet.models.weights import read_model_info, read_state
 from scarcenet.record import read_table, write_table
 from scarcenet.run.folder import read_metrics
 from scarcenet.run.load import load_run_data
-from scarcenet.utils.files import read_json
+from scarcenet.utils.files import parse_json, read_json
 
 
 @pytest.mark.slow
@@ -39,6 +39,14 @@ def refused(file, read, says=""):
         read()
     line = str(caught.value)
     assert str(file) in line and says in line and "\n" not in line, line
+
+
+def test_brackets_in_texts_are_no_depth():
+    names = {"images": [{"file_name": f"frame[{n}.png", "note": '\\"['} for n in range(300)]}
+    assert parse_json(json.dumps(names)) == names
+    for closing in ('["]",' * 300, "[" * 300 + "]" * 300):  # nor do they hide any
+        with pytest.raises(ValueError, match="expected at most 200 brackets"):
+            parse_json(closing)
 
 
 def test_json_that_is_deep(tmp_path):

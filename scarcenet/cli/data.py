@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from .experiments import show_progress
+from .experiments import Switch, show_progress
 from ..utils.files import new_file
 
 # %% ../../nbs/cli/data.ipynb #check
@@ -69,7 +69,7 @@ def check(
     flip_pairs: tuple[str, ...] = (),
     exif: Literal["stored", "upright"] = "stored",
     labels: str = "",
-    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+    json: Switch = False,
 ) -> None:
     """Count what a data set holds, report odd entries and what was done about them, and what looks wrong.
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import tyro
 
 from .data import check, import_, zoo
-from .experiments import Preset, Resume, ablate, bench, resumable, show_progress, study, suggest_study
+from .experiments import Preset, Switch, ablate, bench, resumable, show_progress, study, suggest_study
 from .ledger import accepted, explain, report, suggest
 from .predict import export, predict
 from ..config import PRESETS
@@ -28,7 +28,7 @@ from ..utils.progress import logged
 from ..utils.subprocess import Terminated, tidy_on_sigterm
 
 # %% ../../nbs/cli/main.ipynb #demo
-def demo(seed: int = 0, out: Path = Path("runs/demo"), resume: Resume = False) -> None:
+def demo(seed: int = 0, out: Path = Path("runs/demo"), resume: Switch = False) -> None:
     """Train ScarceNet on the embedded animals, and beside it a supervised baseline with as many steps.
 
     Takes minutes on two CPU cores. The two share the cores as they need them, so the last digits may differ next time.
@@ -62,7 +62,7 @@ def tell(summary: dict, folder: Path) -> None:
     print(f"page: {folder / 'index.html'}")
 
 # %% ../../nbs/cli/main.ipynb #train
-def train(config: Preset, out: Path, resume: Resume = False, tensorboard: Resume = False) -> None:
+def train(config: Preset, out: Path, resume: Switch = False, tensorboard: Switch = False) -> None:
     """Train all stages; --epochs 0 stops after stage 1, --supervised-epochs 0 --weights FILE begins after it.
 
     Args:
@@ -71,12 +71,9 @@ def train(config: Preset, out: Path, resume: Resume = False, tensorboard: Resume
         tensorboard: write events for TensorBoard into the folder, too; it has to be installed
     """
     from scarcenet.evaluate import RUN_COLUMNS, format_table
-    from scarcenet.run.folder import require_tensorboard
     from scarcenet.run.train_run import score_rows, train_run
     from scarcenet.utils.distributed import is_main_process
 
-    if tensorboard:
-        require_tensorboard()
     with resumable(out):
         run = train_run(config, out=out, resume=resume, tensorboard=tensorboard, progress=show_progress())
     if not is_main_process():

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import tyro
 
-from .experiments import Resume, show_progress
+from .experiments import Switch, show_progress
 
 # %% ../../nbs/cli/predict.ipynb #predict
 def predict(
@@ -29,7 +29,7 @@ def predict(
     detector_classes: tuple[str, ...] = (),
     exif: Literal["", "stored", "upright"] = "",
     device: str = "auto",
-    resume: Resume = False,
+    resume: Switch = False,
 ) -> None:
     """Find the poses in images and videos; write them for other tools, draw them, or both.
 

@@ -49,12 +49,10 @@ def describe_few(poses: PoseSet, per_category: int) -> str:
     images = set(zip(poses.column("category")[annotated], poses.column("image_id")[annotated], strict=True))
     counts = Counter(str(name) for name, _ in images)
     few = [f"{name} ({counts[name]})" for name in sorted(counts) if counts[name] < per_category]
+    if not few:
+        return ""
     first = ", ".join(few[:3])
-    return (
-        f"species with fewer than {per_category} labelled images: {len(few)}, first {first}; all are used"
-        if few
-        else ""
-    )
+    return f"species with fewer than {per_category} labelled images: {len(few)}, first {first}; all are used"
 
 
 class IdList(NamedTuple):

@@ -52,6 +52,12 @@ from ..utils.files import read_json
 from ..zoo.dataset import write_zoo
 
 # %% ../../nbs/data/splits.ipynb #root
+def _missing(path: Path) -> str:
+    """That there is nothing at a path, and where a relative one begins."""
+    where = "" if path.is_absolute() else f", which is relative to the current folder {Path.cwd()}"
+    return f"{path}: no such file or folder{where}"
+
+
 def set_folder(config: Config, home: Path, progress: bool = False) -> Path:
     """The COCO set of a run: `config.data`, or, in the run's folder `home`, the embedded set or an imported source."""
     if config.data == "zoo":
@@ -61,8 +67,7 @@ def set_folder(config: Config, home: Path, progress: bool = False) -> Path:
             return write_zoo(home / "zoo")
     imported, given = home / "data", Path(config.data)
     if not given.exists() and not imported.is_dir():
-        where = "" if given.is_absolute() else f", which is relative to the current folder {Path.cwd()}"
-        raise FileNotFoundError(f"{given}: no such file or folder{where}; say where the set is now (--data)")
+        raise FileNotFoundError(f"{_missing(given)}; say where the set is now (--data)")
     if (given.exists() or not imported.is_dir()) and not needs_import(given):
         return given
     with main_process_first():
@@ -107,8 +112,7 @@ def read_part(part: Part, poses: PoseSet) -> list[Corrected] | None:
         return None
     path = Path(part)
     if not path.exists():
-        where = "" if path.is_absolute() else f", which is relative to the current folder {Path.cwd()}"
-        raise FileNotFoundError(f"{path}: no such file of labels{where}; expected a number, all, or files")
+        raise FileNotFoundError(f"{_missing(path)}; expected labels as a number, all, or files")
     if path.is_dir() or path.suffix.lower() in IMPORTED:
         return corrected_animals(path, poses)
     content = read_json(path)

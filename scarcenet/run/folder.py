@@ -208,7 +208,6 @@ def tell_epoch(folder: Path, tensorboard: bool = False) -> None:
     for line in describe_collapse(rows):
         warnings.warn(f"{folder}: {line}", stacklevel=3)
     if tensorboard:
-        require_tensorboard()
         write_events(folder, rows)
 
 # %% ../../nbs/run/folder.ipynb #pseudo-file

@@ -33,7 +33,15 @@ from ..pseudo_labels import join_labels
 from ..record import Record, by_instance, start_ledger, write_epoch, write_labels
 from ..relabel import Decision
 from .figures import by_oks, curves, decisions, html_table, poses_grid, save_figure, write_page
-from .folder import append_metrics, read_metrics, run_folder, tell_epoch, write_config, write_pseudo
+from scarcenet.run.folder import (
+    append_metrics,
+    read_metrics,
+    require_tensorboard,
+    run_folder,
+    tell_epoch,
+    write_config,
+    write_pseudo,
+)
 from .load import RunData, held_out, load_run_data, warn_of_set
 from .settings import fit_settings, settings_of_run, settle_precision
 from ..train import SCARCENET, SUPERVISED, Epoch, NotFinite, fit
@@ -102,6 +110,8 @@ def train_run(
     if data is not None:
         changes["data"] = str(data)
     config = replace(config, **changes)
+    if tensorboard:
+        require_tensorboard()
     if config.fit_to_data and resume:
         config = settings_of_run(config, Path(out))
     with run_folder(Path(out), config, resume) as folder:

@@ -141,13 +141,15 @@ DEEPEST = 200  # brackets in brackets: what is deeper ends Python's stack somewh
 
 def parse_json(text: str) -> Any:
     """The content of a JSON text; ValueError if it is none, or too deep."""
-    brackets = text.encode("utf-8", "replace").translate(None, _NO_BRACKETS)
+    brackets = _TEXT.sub("", text).encode("utf-8", "replace").translate(None, _NO_BRACKETS)
     deep = max(accumulate(1 if b in b"[{" else -1 for b in brackets), default=0)
     if deep > DEEPEST:
         raise ValueError(f"expected at most {DEEPEST} brackets in brackets, got {deep}")
     return json.loads(text)
 
 
+# a text, whose brackets do not count; one without an end goes to the end, so that the search takes one pass
+_TEXT = re.compile(r'"(?:[^"\\]+|\\.)*"?', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 

@@ -68,8 +68,8 @@ class Folded:
         """Take the weights and statistics that the model has now."""
         convs, norms = zip(*self.pairs, strict=True)
         factor = torch._foreach_add([n.running_var for n in norms], [n.eps for n in norms])
-        torch._foreach_rsqrt_(factor)
-        torch._foreach_mul_(factor, [n.weight for n in norms])
+        torch._foreach_sqrt_(factor)
+        factor = torch._foreach_div([n.weight for n in norms], factor)
         for conv, scale, weight in zip(convs, factor, self.weights, strict=True):
             torch.mul(conv.weight, scale[:, None, None, None], out=weight)
         before = [torch.zeros_like(n.bias) if c.bias is None else c.bias for c, n in self.pairs]

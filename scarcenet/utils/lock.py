@@ -141,6 +141,6 @@ def locked(lock: Path, wait: bool = False) -> Iterator[None]:
 
 
 def _in_use(lock: Path, holder: Holder | None) -> str:
-    """The line for who finds a lock that is held."""
+    """What is said of a lock that another process holds."""
     who = f"process {holder.process} on {holder.host}" if holder else "another process"
     return f"{lock.parent}: in use by {who}; wait for its end, or choose another --out"
