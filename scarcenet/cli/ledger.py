@@ -80,7 +80,7 @@ def suggest(
     run: tyro.conf.Positional[Path],
     out: Path,
     count: int = 20,
-    strategy: Literal["views", "confidence", "appearance", "random"] = "views",
+    strategy: Literal["views", "confidence", "appearance", "random"] = "appearance",
     format: Literal["coco", "label-studio", "slp", "deeplabcut"] = "coco",
     scorer: str = "",
     among: int = 5,
@@ -94,8 +94,8 @@ def suggest(
         run: folder of a finished run
         out: new folder: the images and their predictions, suggested.csv, and suggested.png to look at
         count: images
-        strategy: views (two answers lay far apart, labels were never reliable, as the ledger knows), confidence
-            (the network's is low), appearance (typical ones that differ), random
+        strategy: appearance (typical ones that differ), views (two answers lay far apart, labels were never reliable,
+            as the ledger knows), confidence (the network's is low), random
         format: of the predictions: COCO keypoints, tasks of Label Studio, SLEAP's .slp, DeepLabCut's labeled-data
         scorer: who corrects, in a DeepLabCut project; without it, the scorer of the project that the set came from
         among: views and confidence are spread by appearance among so many times as many images; 1 for not at all

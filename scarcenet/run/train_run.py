@@ -181,12 +181,9 @@ def train_in_folder(
 
 def write_pose_boxes(config: Config, folder: Path, run_data: RunData, state: State, progress: bool = False) -> None:
     """Write boxes.json: where the network of stage 1 sees the animal in each image without annotation."""
-    bare = run_data.without_box
-    title = "boxes" if progress else ""
+    bare, title = run_data.without_box, "boxes" if progress else ""
     boxes = pose_boxes(state.student, bare, config, schema=run_data.train.schema, progress=title)
-    results = [
-        dict(image_id=i.image_id, category_id=i.category_id, bbox=box) for i, box in zip(bare, boxes, strict=True)
-    ]
+    results = [dict(image_id=i.image_id, category_id=i.category_id, bbox=b) for i, b in zip(bare, boxes, strict=True)]
     if is_main_process():
         write_json(folder / BOXES_FILE, results)
     barrier()
