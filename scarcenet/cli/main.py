@@ -22,27 +22,27 @@ from .data import check, import_, zoo
 from .experiments import Preset, Switch, ablate, bench, resumable, show_progress, study, suggest_study
 from .ledger import accepted, explain, report, suggest
 from .predict import export, predict
-from ..config import PRESETS
 from ..utils.files import new_file
 from ..utils.progress import logged
 from ..utils.subprocess import Terminated, tidy_on_sigterm
 
 # %% ../../nbs/cli/main.ipynb #demo
-def demo(seed: int = 0, out: Path = Path("runs/demo"), resume: Switch = False) -> None:
+def demo(labels: int = 1, seed: int = 0, out: Path = Path("runs/demo"), resume: Switch = False) -> None:
     """Train ScarceNet on the embedded animals, and beside it a supervised baseline with as many steps.
 
     Takes minutes on two CPU cores. The two share the cores as they need them, so the last digits may differ next time.
 
     Args:
+        labels: labelled images of each species; the fewer, the more often each is shown
         seed: of the labelled draw, the first weights and everything random after that
         out: folder of the run; must be new, or empty
         resume: go on with a run that was interrupted
     """
     from scarcenet.evaluate import SCORE_COLUMNS, format_table
-    from scarcenet.experiments.baseline import run_demo
+    from scarcenet.experiments.baseline import demo_config, run_demo
 
     with resumable(out):
-        summary = run_demo(replace(PRESETS["demo"], seed=seed), out, resume, progress=show_progress())
+        summary = run_demo(demo_config(labels, seed), out, resume, progress=show_progress())
     titles = {
         "stage 1": "stage 1",
         "supervised": "supervised, as many steps",
