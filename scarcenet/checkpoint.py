@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from .config import Config
@@ -20,9 +19,8 @@ from .data.coco import plain_name
 from .data.loader import TrainingSet
 from .heatmap import Keypoints
 from .models.build import build_network
-from .models.weights import METADATA, read_model_info, write_tensors
+from .models.weights import read_model_info, read_tensors, write_tensors
 from .utils.distributed import world_size
-from .utils.files import parse_json
 
 # %% ../nbs/core/checkpoint.ipynb #state
 @dataclass
@@ -103,11 +101,10 @@ def load_checkpoint(file: Path, config: Config, data: TrainingSet) -> State:
 def _read_parts(file: Path, device: torch.device) -> tuple[dict, dict[str, dict[str, Tensor]]]:
     """What a checkpoint says of its place in the run, and its tensors by part and name."""
     parts: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}, "optimiser": {}, "pseudo": {}}
-    with safe_open(file, "pt") as f:
-        place = parse_json(f.metadata()[METADATA])
-        for name in f.keys():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = f.get_tensor(name).to(device)
+    tensors, place = read_tensors(file)
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor.to(device)
     return place, parts
 
 
