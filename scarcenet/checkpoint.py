@@ -49,7 +49,7 @@ def start(config: Config, data: TrainingSet) -> State:
         theirs, ours = ([plain_name(name) for name in schema.names] for schema in (info.schema, data.schema))
         if theirs != ours:
             names = f"expected {', '.join(ours)}; got {', '.join(theirs)}"
-            raise ValueError(f"{config.weights}: made for other keypoints, or another order: {names}")
+            raise ValueError(f"{config.weights}: weights of other keypoints, or another order: {names}")
     student = build_network(config, len(data.schema))
     if world_size() > 1 and data.crops.device.type == "cuda":  # one process has too few instances for statistics
         from timm.layers import convert_sync_batchnorm  # torch's own would lose the activations in timm's batch norms
@@ -90,9 +90,9 @@ def load_checkpoint(file: Path, config: Config, data: TrainingSet) -> State:
             _restore(state, place, parts, data)
     except Exception as e:  # damaged files fail in many ways, and all of them are refused
         reason = " ".join(str(e).split())[:300]
-        raise ValueError(f"{file}: no checkpoint of this run ({reason})") from None
+        raise ValueError(f"{file}: not a checkpoint of this run ({reason}); remove it to start over") from None
     if found != n:
-        raise ValueError(f"{file}: pseudo-labels of {found} instances, but the data set has {n}")
+        raise ValueError(f"{file}: expected pseudo-labels of the data set's {n} instances, got {found}")
     if place.get("labels", state.labels) != state.labels:
         raise ValueError(f"{file}: checkpoint was trained with different labels; resume needs the original ones")
     return state
@@ -115,14 +115,14 @@ def _restore(state: State, place: dict, parts: dict[str, dict[str, Tensor]], dat
     state.stage, state.epoch, state.step = place["stage"], place["epoch"], place["step"]
     for count in (state.epoch, state.step):
         if type(count) is not int or count < 0:
-            raise ValueError(f"expected numbers of finished epochs and steps, got {count!r}")
+            raise ValueError(f"expected the number of finished epochs and steps, got {count!r}")
     if state.stage not in ("supervised", "scarcenet") or (state.stage == "scarcenet") != bool(parts["pseudo"]):
         raise ValueError(f"stage {state.stage!r} does not fit its pseudo-labels")
     state.scale = {str(name): value for name, value in place.get("scale", {}).items()}
     if pseudo := parts["pseudo"]:
         n, k = len(data.crops), len(data.schema)
         if pseudo["xy"].shape != (n, k, 2) or pseudo["score"].shape != (n, k):
-            raise ValueError(f"pseudo-labels of other keypoints than the {k} of the data set")
+            raise ValueError(f"expected pseudo-labels of the {k} keypoints of the data set, got others")
         state.pseudo = Keypoints(**pseudo)
     memory: dict[int, dict[str, Tensor]] = {}
     weights = list(state.student.parameters())

@@ -32,10 +32,10 @@ _LIMITS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """One training run, from data to schedule; without arguments, the paper's.
+    """All settings of a training run; the defaults are the paper's.
 
-    An epoch of stage 1 is `supervised_repeat` passes over the labelled instances, one of stage 3 a pass over all
-    instances. Raises ValueError for a value that makes no sense.
+    An epoch of stage 1 is `supervised_repeat` passes over the labelled instances. An epoch of stage 3 is one pass over
+    all instances. Raises ValueError for a value of the wrong type or out of range.
 
     >>> config = Config(network="hrnet_tiny", size=64, schedule="one_cycle")
     >>> config.size, config.views, config.schedule
@@ -44,55 +44,55 @@ class Config:
 
     # data
     data: str = "zoo"
-    """folder of a COCO keypoint set (AP-10K's layout, or annotations/ and images/); "zoo" makes the embedded one"""
+    """folder of a COCO keypoint set (AP-10K's layout, or annotations/ and images/); a labelling tool's project or
+    file; or "zoo", which draws the built-in animals"""
     split: int = 1
-    """which of AP-10K's three splits"""
+    """number of AP-10K's split, 1 to 3"""
     labels: int | str = 5
-    """labelled images per category, or all, or a file: a list of image ids, COCO keypoints, or what any labelling tool
-    has written; commas join several: 5,corrected.json"""
+    """which labels to use: a number (images per category), all, or a file (a list of image ids, COCO keypoints, or a
+    labelling tool's file); commas join several: 5,corrected.json"""
     families: tuple[str, ...] = ()
-    """transfer setting: every image of these families is labelled and no other; replaces `labels`"""
+    """transfer setting: use the labels of all images of these families and of no other; replaces `labels`"""
     holdout: float = 0.0
-    """share of the labelled images that is held out and evaluated, where the set has neither a val nor a test split;
-    0: nothing is evaluated then"""
+    """share of the labelled images to hold out for evaluation if the set has neither a val nor a test split; 0: none"""
     boxes: str = ""
-    """where the box of an image without annotation comes from: image (the whole image), pose (stage 1 looks at the
-    whole image, then at its keypoints' hull), detector, or a COCO file of annotations or results; set: only the set's
-    own boxes, such images are not used; empty: the same, but preset mine chooses"""
+    """source of the box of an image without annotation: image (the whole image), pose (the network of stage 1 predicts
+    keypoints in the whole image; the box is around them), detector, or a COCO file of annotations or results; set: such
+    images are not used; empty: like set, but preset mine chooses"""
     detector: str = "fasterrcnn_resnet50_fpn_v2"
-    """torchvision's detector for boxes detector, with its COCO weights"""
+    """name of the torchvision detector for boxes detector, with COCO weights"""
     detector_classes: tuple[str, ...] = ()
-    """COCO classes that the detector looks for; empty: its ten animals"""
+    """COCO classes that the detector looks for; empty: COCO's ten animals"""
     flip_pairs: tuple[str, ...] = ()
-    """LEFT:RIGHT names of keypoints that a mirror exchanges, instead of those that the set says or its names tell"""
+    """LEFT:RIGHT names of keypoints that swap in a mirrored image; default: the set's pairs, or those of the names"""
     mirror: bool = True
-    """mirrored views in training, in pseudo-labels and in the flip test; off for animals whose sides look different"""
+    """use mirrored views in training, pseudo-labelling and flip test; off for animals whose sides look different"""
     exif: Literal["stored", "upright"] = "stored"
-    """frame of the keypoints in images with an EXIF turn, where the stated size does not tell: the pixels as they are
-    stored, or the image as viewers show it"""
+    """frame of the keypoints in images with an EXIF orientation, where the stated image size does not tell it: pixels
+    as stored, or upright as viewers show them"""
     strict: bool = False
-    """refuse a set for its first odd entry, instead of skipping it"""
+    """stop at the first odd entry of the set instead of skipping it"""
     seed: int = 0
-    """seed of the labelled draw, of the network's first weights and of everything random after that"""
+    """seed of the choice of labelled images, of the initial weights and of everything random after that"""
     fit_to_data: bool = False
-    """choose size, batch and number of epochs for the set, its labels and the device, where the flags say nothing"""
+    """choose size, batch and epochs from the set, its labels and the device, unless a flag sets them"""
 
     # network
     network: str = "mbhrnet_w32"
     """mbhrnet_w32 (the paper's), hrnet_w32, hrnet_w48 (a single head), hrnet_tiny, or timm:NAME (any timm backbone)"""
     backbone: str = ""
-    """weights for the backbone alone: a file (HRNet's ImageNet weights, MMPose's checkpoints); for timm also imagenet
-    (its hub) or lite0 (the weights package)"""
+    """weights for the backbone alone: a file (HRNet's ImageNet weights, an MMPose checkpoint); for timm also imagenet
+    (from its hub) or lite0 (from the installed package)"""
     weights: str = ""
-    """weights for the whole network: a file of ours or of the official code, or an HRNet pose checkpoint (MMPose's)"""
+    """weights for the whole network: a file of a run, of the official code, or an HRNet checkpoint of MMPose"""
     size: int = 256
     """side of a view, px"""
     stride: int = 4
     """view px per heatmap px"""
     sigma: float = 2.0
-    """width of a keypoint's Gaussian, heatmap px"""
+    """standard deviation of a keypoint's Gaussian, heatmap px"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes cuda if it is there, else cpu"""
+    """cpu, cuda, cuda:1 or mps; auto: cuda if there is one, else cpu"""
 
     # stage 1, supervised
     supervised_epochs: int = 210
@@ -104,26 +104,27 @@ class Config:
     supervised_lr: float = 1e-3
     """peak learning rate (Adam)"""
     supervised_schedule: Literal["step", "one_cycle"] = "step"
-    """learning rate of stage 1: step falls to a tenth after each milestone; one_cycle rises over the first fifth,
-    then falls along a cosine"""
+    """learning rate schedule of stage 1: step divides by 10 after each milestone; one_cycle rises over the first fifth
+    of the steps, then falls along a cosine"""
     supervised_milestones: tuple[int, ...] = (170, 200)
-    """epochs after which schedule step lowers the rate to a tenth; one_cycle ignores them"""
+    """epochs after which schedule step divides the learning rate by 10; one_cycle ignores them"""
     half_body: float = 0.3
-    """share of the crops that are refitted to half of the body"""
+    """probability that a crop is refitted to the front or hind half of the body"""
     scale_factor: float = 0.5
-    """how far a strong view zooms: standard deviation of its factor"""
+    """standard deviation of the scale of a strong view, around 1"""
     rotation_factor: float = 40.0
-    """how far a strong view is turned: standard deviation, degrees"""
+    """standard deviation of the rotation of a strong view, degrees"""
     centre_jitter: float = 0.0
-    """share of the boxes whose centre is moved, once, by up to a fifth of the box (the official code's 0.3)"""
+    """share of the boxes whose centre is shifted, once for the whole run, by up to a fifth of the box (official code:
+    0.3)"""
 
     # stage 2, pseudo-labels
     views: int = 5
     """views per instance; each is used a second time, flipped"""
     flip_shift_px: float = 0.0
-    """shift of the flipped views when maps are averaged, view px (the official code's 3)"""
+    """shift of the flipped view's heatmaps before averaging, view px (official code: 3)"""
     drop: float = 0.4
-    """share of the pseudo-labels, those of lowest confidence, that start with loss weight 0"""
+    """share of the pseudo-labels, of lowest confidence, that start with loss weight 0"""
 
     # stage 3, ScarceNet
     epochs: int = 150
@@ -135,66 +136,64 @@ class Config:
     lr: float = 1e-3
     """peak learning rate (Adam)"""
     schedule: Literal["step", "one_cycle"] = "step"
-    """as `supervised_schedule`, for stage 3"""
+    """learning rate schedule of stage 3, as in `supervised_schedule`"""
     milestones: tuple[int, ...] = (190, 200)
-    """as `supervised_milestones`; these, the official code's, lie past the last epoch, so the rate never falls"""
+    """as `supervised_milestones`, for stage 3; the paper preset's lie after the last epoch, as in the official code, so
+    the rate stays constant"""
     keep_epochs: int = 30
-    """epochs of the half cosine along which the share of reliable labels falls"""
+    """epochs over which the share of kept (small-loss) labels falls, along half a cosine"""
     keep_floor: float = 0.8
-    """share at which it stops falling; 1 switches the small-loss selection off"""
+    """share of kept labels after that; 1 switches small-loss selection off"""
     agree_px: float = 0.6
-    """largest distance of two agreeing answers, heatmap px; 0 switches relabeling off"""
+    """two predictions agree if they are at most this far apart, heatmap px; 0 switches relabeling off"""
     agree_bias: float = 0.0
-    """added to one of the two answers, heatmap px (the official code's 0.5)"""
+    """offset added to one of the two predictions, heatmap px (official code: 0.5)"""
     mix_left_right: bool = False
-    """use the agreement of the weak view's left for the strong view's left even where only one of the two is flipped
-    (the official code)"""
+    """apply the agreement of a left keypoint to the left keypoint of the other view even if only one of the two views
+    is flipped (official code)"""
     truth_weight: float = 2.0
-    """weight of a person's label; a pseudo-label's is 1; squared in the loss"""
+    """loss weight of an annotated keypoint; a pseudo-label has 1; the loss squares it"""
     consistency: float = 2.0
-    """weight of the teacher's term after its ramp; 0 switches it off"""
+    """weight of the consistency loss after its ramp-up; 0 switches it off"""
     rampup_epochs: int = 10
     """epochs over which that weight grows"""
     consistency_confident: bool = False
-    """the teacher's term only for keypoints with a label, annotated or above the confidence cut (the official code);
-    else for every keypoint of an unlabelled animal and every annotated one of a labelled animal"""
+    """consistency loss only for keypoints with a label, annotated or above the confidence cut (official code); if off,
+    for every keypoint of an unlabelled animal and every annotated one of a labelled animal"""
     consistency_soft: bool = False
-    """the teacher's target is its maps, within 0 ... 1, not Gaussians around their peaks (the official code): nearer to
-    the truth (07_mean_teacher, experiments/lessons)"""
+    """the consistency target is the teacher's heatmaps, clipped to 0 ... 1; if off, Gaussians at their peaks (official
+    code), which are less accurate (07_mean_teacher, experiments/lessons)"""
     ema: float = 0.999
-    """share of the teacher that survives a step; less in the first steps"""
+    """EMA decay of the teacher per step; smaller in the first steps"""
     bn_train_mode: bool = False
-    """teacher and extra passes run in train mode and move the BN statistics (the official code); else in eval mode, and
-    the teacher's statistics are averaged like its weights"""
+    """run the teacher and the passes without gradient in train mode, which updates BN statistics (official code); if
+    off, in eval mode, and the teacher's BN statistics are an EMA like its weights"""
     quantize_targets: bool = False
-    """draw targets on whole heatmap pixels and read pseudo-labels from them (the official code), not in between"""
+    """round targets and pseudo-labels to whole heatmap pixels (official code); if off, keep sub-pixel positions"""
 
     # both
     evaluate_every: int = 10
-    """epochs between two evaluations on the val split; the last epoch always"""
+    """evaluate on the val split every so many epochs, and after the last"""
     ledger: bool = True
-    """keep what became of every keypoint in every epoch of stage 3, at most 40 bytes each"""
+    """record the decision about every keypoint in every epoch of stage 3, at most 40 bytes each"""
     precision: Literal["auto", "float32", "bf16", "bf16-eval", "fp16"] = "auto"
-    """number format of the network: float32, bf16 or fp16; bf16-eval: bf16 only where nothing is learnt; auto: bf16 on
-    a GPU that has it; on a CPU that has it, a run measures at its beginning what is faster. Runs are equal bit by bit
-    only in float32 on a CPU"""
+    """number format of the network: float32, bf16 or fp16; bf16-eval: bf16 only for inference; auto: bf16 on a GPU that
+    has it, and on a CPU that has it the faster format, as measured at the start. Only float32 on a CPU is
+    reproducible bit by bit"""
     compile: Literal["", "default", "reduce-overhead", "max-autotune"] = ""
-    """torch.compile's mode: default, reduce-overhead (CUDA graphs), max-autotune; empty: not compiled"""
+    """mode of torch.compile: default, reduce-overhead (CUDA graphs) or max-autotune; empty: not compiled"""
     crop_cache_mb: float = 8192.0
-    """cached crops of a split that take more than so many MiB lie in a file in `cache`, not in memory or on the GPU"""
+    """memory for the cached crops of a split, MiB; larger ones are kept in a file in `cache`"""
     cache: str = "~/.cache/scarcenet"
-    """folder for such files; each is named by its content and may be deleted between runs"""
+    """folder of such files, each named by its content; may be deleted between runs"""
 
     @property
     def inference_batch(self) -> int:
-        """Images that go through a network at once where nothing is learnt.
-
-        As many as the two extra views of a step of stage 3, but no fewer than 32.
-        """
+        """Batch size for inference: as many images as the two extra views of a step of stage 3, at least 32."""
         return max(32, 2 * self.batch)
 
     def __post_init__(self) -> None:
-        """Refuse, with a ValueError, a value that makes no sense, before anything is read or written."""
+        """Raise ValueError for a value of the wrong type or out of range, before anything is read or written."""
         if isinstance(self.labels, str) and self.labels.isdecimal():
             object.__setattr__(self, "labels", int(self.labels))
         for field in fields(self):
@@ -202,24 +201,23 @@ class Config:
             accepted = (int, str) if field.name == "labels" else (int, float) if kind is float else (kind,)
             if type(value) not in accepted:
                 expected = " or ".join(t.__name__ for t in accepted)
-                raise ValueError(f"{field.name} is {value!r}, but must be of type {expected}")
+                raise ValueError(f"{field.name}: expected {expected}, got {value!r}")
         for name, (low, high) in _LIMITS.items():
             value = getattr(self, name)
             if not low <= value <= high:  # nan fails, too
                 highest = f" and at most {high}" if high < _UNLIMITED else ""
-                raise ValueError(f"{name} is {value}, but must be at least {low}{highest}")
+                raise ValueError(f"{name}: expected at least {low}{highest}, got {value}")
         if self.size % 32:
-            reason = "the coarsest maps of a network have one pixel for so many"
-            raise ValueError(f"size is {self.size}, but must be a multiple of 32 px: {reason}")
+            raise ValueError(f"size: expected a multiple of 32 px, the largest stride of a network, got {self.size}")
         if self.stride != 4:
-            raise ValueError(f"stride is {self.stride}, but the networks here have one heatmap px for 4 view px")
+            raise ValueError(f"stride: expected 4, as all networks here have it, got {self.stride}")
         for field in fields(self):
             choices, value = get_args(field.type), getattr(self, field.name)
             if get_origin(field.type) is Literal and value not in choices:
                 known = ", ".join(filter(None, choices)) + (" or empty" if "" in choices else "")
-                raise ValueError(f"{field.name} is {value!r}, but must be one of {known}")
+                raise ValueError(f"{field.name}: expected one of {known}, got {value!r}")
         if not self.supervised_epochs + self.epochs:
-            raise ValueError("supervised_epochs and epochs are both 0: there is nothing to train")
+            raise ValueError("supervised_epochs, epochs: expected one above 0, got 0 for both: nothing to train")
 
 # %% ../nbs/core/config.ipynb #read
 def read_config(where: Path | str, data: Path | str | None = None) -> Config:
@@ -229,13 +227,13 @@ def read_config(where: Path | str, data: Path | str | None = None) -> Config:
     """
     file = Path(where) if Path(where).suffix == ".json" else Path(where) / "config.json"
     if file.parent.is_file():
-        raise ValueError(f"{where}: expected the folder of a run, got a file, which does not say what it learned from")
+        raise ValueError(f"{where}: expected the folder of a run, got a file; a file does not name its training data")
     content = read_json(file)
     try:
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
         return Config(**settings | ({"data": str(data)} if data else {}))
     except (TypeError, AttributeError, ValueError) as e:
-        raise ValueError(f"{file}: not the configuration of a run ({e})") from None
+        raise ValueError(f"{file}: expected the configuration of a run, got other content ({e})") from None
 
 # %% ../nbs/core/config.ipynb #presets
 # what the published implementation computes, quirks included: the notebook of each stage says what they do

@@ -112,7 +112,7 @@ def start_ledger(folder: Path, poses: PoseSet, labelled: Tensor | np.ndarray) ->
     if not file.exists():
         write_table(file, table)
     elif not read_table(file).equals(table):
-        raise ValueError(f"{file}: the ledger of other instances than {poses.file}'s, or of another draw of labels")
+        raise ValueError(f"{file}: expected the ledger of the instances and labels of {poses.file}, got another")
     return folder
 
 
@@ -193,10 +193,10 @@ def read_table(file: Path, columns: Mapping[str, str] | None = None) -> "pyarrow
         raise FileNotFoundError(f"{file}: no such file") from None
     except (ArrowException, OSError, UnicodeError) as e:
         reason = " ".join(str(e).split())[:200]
-        raise ValueError(f"{file}: no Parquet file, perhaps cut short ({reason})") from None
+        raise ValueError(f"{file}: not a Parquet file, or cut short ({reason})") from None
     for name, kind in (columns or {}).items():
         if table.column_names.count(name) != 1 or not _is_of(table[name], kind) or table[name].null_count:
-            raise ValueError(f"{file}: {name}: expected a column of {kind} values, got none, or an incomplete one")
+            raise ValueError(f"{file}: {name}: expected a complete column of {kind}, got none or an incomplete one")
     return table
 
 
@@ -243,10 +243,10 @@ def read_epoch(folder: Path, epoch: int, labels: Tensor) -> Record:
     try:
         index, keypoint = column("instance")[:, 0].long(), column("keypoint")
         if not (keypoint == torch.arange(k)).all() or index.min() < 0 or index.max() >= n:
-            raise ValueError(f"not of {n} instances with {k} keypoints each")
+            raise ValueError(f"expected {n} instances with {k} keypoints each")
         decision, student = column("decision").long(), pair("student")
         if decision.min() < min(Decision) or decision.max() > max(Decision):
-            raise ValueError("a decision is none of those there are")
+            raise ValueError("unknown decision")
         return Record(
             index=index,
             batch=column("batch")[:, 0].long(),

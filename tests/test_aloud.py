@@ -55,9 +55,9 @@ def test_the_same_image_in_two_splits(animals, capsys):
     val.file.write_text(json.dumps(content))
     names = f"{train.instances[0].file.name} = {val.instances[0].file.name}"
     assert cli.main(["check", str(animals)]) == 0
-    assert f"the same image in two splits, so that scores flatter: 1, first {names}" in capsys.readouterr().out
+    assert f"images in two splits, which makes scores too high: 1, first {names}" in capsys.readouterr().out
     config = quick(animals)
-    with pytest.warns(UserWarning, match="same image in two splits"):
+    with pytest.warns(UserWarning, match="images in two splits"):
         warn_of_set(config, load_run_data(config, animals))
 
 
@@ -120,10 +120,10 @@ def test_check_for_programs(animals, capsys):
     told = json.loads(capsys.readouterr().out)
     train = next(part for part in told["files"] if part["file"] == str(file))
     faults = {fault["kind"]: fault for fault in train["faults"]}
-    assert faults["boxes that are not around their keypoints"] | {"first": [], "count": 0} == dict(
-        kind="boxes that are not around their keypoints", count=0, first=[]
+    assert faults["boxes without most of their keypoints"] | {"first": [], "count": 0} == dict(
+        kind="boxes without most of their keypoints", count=0, first=[]
     )
-    assert first["id"] in faults["boxes that are not around their keypoints"]["first"]
+    assert first["id"] in faults["boxes without most of their keypoints"]["first"]
     assert any(f"first {turned.name} (3)" in note for note in train["notes"]) and train["broken_count"] == 0
     turned.write_bytes(turned.read_bytes()[:500])
     assert cli.main(["check", str(animals), "--json"]) == 1

@@ -267,7 +267,7 @@ def test_the_command(tiny, tmp_path, capsys):
     assert about(out)["flip_test"] is False
     content = out.read_bytes()
     assert cli.main(["export", str(tiny.file), "--out", str(out)]) == 1
-    assert "already there" in capsys.readouterr().err and out.read_bytes() == content
+    assert "already exists" in capsys.readouterr().err and out.read_bytes() == content
 
 
 @pytest.mark.parametrize(

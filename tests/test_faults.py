@@ -107,7 +107,7 @@ SPOILED = {
     ),
     "other keypoints": (
         lambda: edit(lambda d: d["categories"][0].update(keypoints=["nose"])),
-        (TRAIN, "other keypoints", "give all the same list"),
+        (TRAIN, "other keypoints", "give all categories the same list"),
     ),
     "path out of the set": (
         lambda: edit(lambda d: d["images"][0].update(file_name="../../secret.jpg")),
@@ -115,7 +115,7 @@ SPOILED = {
     ),
     "no id fits": (
         lambda: edit(lambda d: [a.update(image_id=a["image_id"] + 1000) for a in d["annotations"]]),
-        (TRAIN, "nothing is left", "of no image of the file"),
+        (TRAIN, "nothing is left", "of an unknown image"),
     ),
 }
 ODD = {  # how it is spoiled, what --strict says, and what `check` counts
@@ -126,7 +126,7 @@ ODD = {  # how it is spoiled, what --strict says, and what `check` counts
     ),
     "zero-area box": (
         note(1, bbox=[5, 5, 0, 40]),
-        (TRAIN, "annotation 20", "no area"),
+        (TRAIN, "annotation 20", "expected width and height above 0"),
         "annotations with a box of no width or height: 1, first annotation 20; box made of the keypoints",
     ),
     "NaN keypoint": (
@@ -142,7 +142,7 @@ ODD = {  # how it is spoiled, what --strict says, and what `check` counts
     "unknown image": (
         note(1, image_id=999),
         (TRAIN, "annotation 20", "image_id 999"),
-        "annotations of no image of the file: 1, first annotation 20; skipped",
+        "annotations of an unknown image: 1, first annotation 20; skipped",
     ),
     "unknown category": (
         note(1, category_id=77),
@@ -207,7 +207,7 @@ def test_wrong_labels(place, capsys):
     Path("odd.json").write_text('{"ids": [1]}')
     refused(capsys, train("--labels", "odd.json"), "odd.json", "not a COCO keypoint file")
     Path("text.json").write_text('"five"')
-    refused(capsys, train("--labels", "text.json"), "text.json", "not a JSON array")
+    refused(capsys, train("--labels", "text.json"), "text.json", "expected a JSON array")
     refused(capsys, train("--labels", "nowhere.json"), "nowhere.json")
     refused(capsys, train("--labels", "0"), "per_category is 0")
     refused(capsys, train("--families", "Hominidae"), TRAIN, "Hominidae", "Bovidae")
@@ -297,14 +297,14 @@ def test_weights_that_do_not_fit(place, capsys, spoil):
 )
 def test_torn_checkpoint(place, capsys, spoil):
     spoil(Path("run/checkpoint.safetensors"))
-    refused(capsys, train("--resume", out="run"), "run/checkpoint.safetensors", "no checkpoint of this run")
+    refused(capsys, train("--resume", out="run"), "run/checkpoint.safetensors", "not a checkpoint of this run")
 
 
 def test_checkpoint_of_another_network(place, capsys):
     """The configuration fits, but the checkpoint was made for 5 keypoints."""
     for split in ("train", "val", "test"):
         five(Path(f"set/annotations/ap10k-{split}-split1.json"), Path(f"set/annotations/ap10k-{split}-split1.json"))
-    refused(capsys, train("--resume", out="run"), "run/checkpoint.safetensors", "no checkpoint of this run", "shape")
+    refused(capsys, train("--resume", out="run"), "run/checkpoint.safetensors", "not a checkpoint of this run", "shape")
 
 
 def test_labels_that_were_changed_since(place, capsys):
@@ -319,14 +319,14 @@ def test_labels_that_were_changed_since(place, capsys):
 
 
 def test_run_folders(place, capsys):
-    refused(capsys, train(out="run"), "run: already there", "--resume")
+    refused(capsys, train(out="run"), "run: already exists", "--resume")
     refused(capsys, train("--resume", "--seed", "5", out="run"), "run/config.json", "seed is 0 there, but 5")
     refused(capsys, train("--resume"), "new/config.json")
-    refused(capsys, train(out="set"), "set: already there")
+    refused(capsys, train(out="set"), "set: already exists")
     refused(capsys, ["zoo", "--out", "set"], "set: holds other files")
     Path("foreign").mkdir()
     Path("foreign/config.json").write_text('{"architectures": ["Bert"]}')
-    refused(capsys, train(out="foreign"), "foreign/config.json", "not the configuration of a run")
+    refused(capsys, train(out="foreign"), "foreign/config.json", "expected the configuration of a run")
     refused(capsys, ["eval", "foreign"], "foreign", "no weights")
     refused(capsys, ["eval", "nowhere"], "nowhere", "no weights")
     Path("alone").mkdir()
@@ -338,7 +338,7 @@ def test_nothing_can_be_written(place, capsys):
     """Below a regular file there can be no folder, not even for root."""
     Path("file").write_text("mine")
     refused(capsys, train(out="file/run"), "file")
-    refused(capsys, train(out="file"), "file: already there")
+    refused(capsys, train(out="file"), "file: already exists")
     refused(capsys, ["zoo", "--out", "file/zoo"], "file")
     refused(capsys, ["pseudo", "run", "--out", "file/p.json"], "file")
     refused(capsys, ["eval", "run", "--json", "file/e.json"], "file")
@@ -354,7 +354,7 @@ def test_questions_to_a_ledger(place, capsys):
     refused(capsys, ["explain", "run", "--instance", "0", "--keypoint", "trunk"], "no keypoint 'trunk'", "nose")
     nose = ["explain", "run", "--instance", "0", "--keypoint", "nose"]
     refused(capsys, [*nose, "--epoch", "77"], "epoch 77 is not on record")
-    refused(capsys, ["accepted", "run", "--out", str(TRAIN)], TRAIN, "already there")
+    refused(capsys, ["accepted", "run", "--out", str(TRAIN)], TRAIN, "already exists")
     shutil.copytree("run", "torn")
     file = sorted(Path("torn/ledger").glob("epoch-*"))[-1]
     file.write_bytes(file.read_bytes()[:40])
@@ -362,14 +362,14 @@ def test_questions_to_a_ledger(place, capsys):
     refused(capsys, ["report", "torn", "--out", "torn.html"], file.name, "cut short")
     assert not Path("torn.html").exists()
     shutil.rmtree("torn/ledger")
-    refused(capsys, ["report", "torn", "--out", "torn.html"], "torn/ledger", "no ledger there")
+    refused(capsys, ["report", "torn", "--out", "torn.html"], "torn/ledger", "no ledger;")
 
 
 def test_corrected_labels_of_others(place, capsys):
     content = json.loads(Path(TRAIN).read_text())
     unknown = dict(content, annotations=[dict(content["annotations"][0], bbox=[0, 0, 3, 3], id=99999)])
     Path("unknown.json").write_text(json.dumps(unknown))
-    refused(capsys, train("--labels", "unknown.json"), "unknown.json", "annotation 99999", "no such animal")
+    refused(capsys, train("--labels", "unknown.json"), "unknown.json", "annotation 99999", "no animal of")
     twice = dict(content, annotations=[content["annotations"][0], dict(content["annotations"][0], id=99999)])
     Path("twice.json").write_text(json.dumps(twice))
     refused(capsys, train("--labels", "twice.json"), "twice.json", "annotation 99999", "of the same animal")
@@ -390,7 +390,7 @@ def test_weights_that_are_not_numbers(place, capsys):
     file = "run/teacher.safetensors"
     state = load_file(file)
     save_file({name: t * float("nan") if t.is_floating_point() else t for name, t in state.items()}, file)
-    refused(capsys, ["pseudo", "run", "--out", "new.json"], "new.json", "no finite numbers")
+    refused(capsys, ["pseudo", "run", "--out", "new.json"], "new.json", "not finite")
     assert not Path("new.json").exists()
 
 
@@ -416,13 +416,13 @@ def test_tensors_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_no_file_is_overwritten(place, capsys):
-    refused(capsys, ["pseudo", "run", "--out", str(TRAIN)], TRAIN, "already there")
-    refused(capsys, ["eval", "run", "--json", str(TRAIN)], TRAIN, "already there")
+    refused(capsys, ["pseudo", "run", "--out", str(TRAIN)], TRAIN, "already exists")
+    refused(capsys, ["eval", "run", "--json", str(TRAIN)], TRAIN, "already exists")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_is_absent(place, capsys):
-    refused(capsys, train("--device", "cuda"), "device cuda", "this machine has none")
+    refused(capsys, train("--device", "cuda"), "device cuda", "not available on this machine")
     refused(capsys, ["eval", "run", "--device", "cuda:1"], "device cuda:1")
     refused(capsys, train("--device", "abacus"), "abacus", "expected auto, cpu, cuda")
 

@@ -285,11 +285,11 @@ def test_odd_rows_and_cells(pictures, tmp_path):
     assert (
         kinds(source)
         == {
-            "cells that are no number": 1,
+            "cells that are not numbers": 1,
             "rows that do not fit the header": 2,
             "keypoints with only one of x and y": 2,
             "rows whose image is not there": 2,
-            "second rows of the same image": 1,
+            "duplicate rows of an image": 1,
             "images beside the labelled ones without a row": 1,
         }
         or kinds(source)["keypoints with only one of x and y"] >= 2
@@ -388,7 +388,7 @@ def test_the_tables_of_two_scorers(pictures, tmp_path):
     write_csv(project / "labeled-data" / "cats" / "CollectedData_Aaron.csv", {"x.png": some[0].points}, names=NAMES[:2])
     source = read_labels(project)
     assert_same(source, some)  # Ann's, whom the config names
-    assert kinds(source) == {"further tables of a folder, by other scorers": 1}
+    assert kinds(source) == {"other tables of a folder, by other scorers": 1}
 
 
 def test_a_damaged_table_costs_only_itself(pictures, tmp_path):
@@ -536,7 +536,7 @@ def test_a_pickle_in_an_h5_is_not_run(pictures, tmp_path):
     evil = pickle.dumps([*columns[:-1], Program(victim)], 0)
     file = write_records(folder / "CollectedData_Ann.h5", columns, rows, values, kind=evil)
     for call in (lambda: read_labels(file), lambda: read_labels(tmp_path)):
-        one_line(call, says="export the table as csv")
+        one_line(call, says="give the .csv instead")
     assert not victim.exists()
     with pytest.raises(FileExistsError):
         pickle.loads(evil), pickle.loads(evil)  # noqa: S301 (it is a program indeed)
@@ -556,7 +556,7 @@ def test_object_columns_in_an_h5_are_not_unpickled(tmp_path):
         warnings.simplefilter("ignore", pd.errors.PerformanceWarning)
         frame.to_hdf(tmp_path / "CollectedData_Ann.h5", key="df", mode="w")
     (tmp_path / "taken_over").rmdir() if (tmp_path / "taken_over").exists() else None
-    one_line(lambda: read_labels(tmp_path / "CollectedData_Ann.h5"), says="export the table as csv")
+    one_line(lambda: read_labels(tmp_path / "CollectedData_Ann.h5"), says="give the .csv instead")
     assert not (tmp_path / "taken_over").exists()
 
 
@@ -567,7 +567,7 @@ def test_plain_pickles(protocol, tmp_path):
     plain = [(0, [("Ann", "nose", "x"), ("Ann", "nose", "y")]), same, same, [], (), None, 7, -70000, 1.5, 2**70]
     assert plain_pickle(pickle.dumps(plain, protocol)) == plain
     for other in ({1}, b"bytes" if protocol > 2 else {1}, np.float64(1), Program(tmp_path), Path("x"), len):
-        one_line(lambda other=other: plain_pickle(pickle.dumps(other, protocol)), says="more than names and numbers")
+        one_line(lambda other=other: plain_pickle(pickle.dumps(other, protocol)), says="names and numbers alone")
     one_line(lambda: plain_pickle(b""), says="pickle")
     one_line(lambda: plain_pickle(pickle.dumps(plain, protocol)[:-3]), says="pickle")
     one_line(lambda: plain_pickle(b"(lp0\nS'x'\nc"), says="pickle")
@@ -887,7 +887,7 @@ def test_sleap_without_labels(sio, pictures, tmp_path):
     frame = sio.LabeledFrame(video=video, frame_idx=0, instances=[predicted])
     file = tmp_path / "labels.slp"
     sio.Labels([frame]).save(str(file), verbose=False)
-    one_line(lambda: read_labels(file), says="nothing in it was labelled by a person (1 predicted animals)")
+    one_line(lambda: read_labels(file), says="no human labels (1 predicted animals)")
     file.write_bytes(file.read_bytes()[:2000])
     one_line(lambda: read_labels(file), says="labels.slp")
     file.write_text("{}")
@@ -1180,7 +1180,7 @@ def test_ultralytics_odd_lines(pictures, tmp_path):
         "files without names of the keypoints": 1,
         "flip_idx that do not exchange 17 keypoints": 1,
         "folders of images that are not there": 1,
-        "lines that are no animal": 3,
+        "lines that are not an animal": 3,
         "images that cannot be read": 1,
     }
 
@@ -1198,13 +1198,13 @@ def test_ultralytics_settings_that_are_none(pictures, tmp_path):
     root = write_pose_folder(tmp_path, {"train": pictures[:1]}, settings="kpt_shape: 17\n")
     one_line(lambda: read_labels(root), says="expected kpt_shape: [keypoints, 2 or 3], got 17")
     label = next((root / "labels").rglob("*.txt"))
-    one_line(lambda: read_labels(label), says="give the folder of its data.yaml")
+    one_line(lambda: read_labels(label), says="give the folder with data.yaml")
     (root / "data.yaml").write_text("train: images/train\nnames: [a]\n")
     one_line(lambda: read_labels(root / "data.yaml"), says="no kpt_shape")
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "data.yaml").write_text("train: images/train\nkpt_shape: [17, 3]\n")
-    one_line(lambda: read_labels(empty), says="no images were found")
+    one_line(lambda: read_labels(empty), says="no image found")
 
 
 # ---- COCO
@@ -1313,7 +1313,7 @@ def test_coco_splits_with_other_keypoints(pictures, tmp_path):
         ("a.csv", "x,y\n1,2\n", "begins with 'x,y'"),
         ("a.csv", "", "understood are"),
         ("a.csv", "scorer,Ann\n", "expected rows 'scorer', 'bodyparts', 'coords'"),
-        ("a.csv", "scorer,Ann\nbodyparts,nose\ncoords,z\n", "no columns 'x' and 'y'"),
+        ("a.csv", "scorer,Ann\nbodyparts,nose\ncoords,z\n", "columns 'x' and 'y' in the header"),
         ("a.json", "{", "broken JSON"),
         ("a.json", "[]", "understood are"),
         ("a.json", "7", "understood are"),
@@ -1340,7 +1340,7 @@ def test_folders_that_hold_no_labels(pictures, tmp_path):
     one_line(lambda: read_labels(tmp_path), says="it holds 2 .jpg, 1 .docx")
     for name in ("a.slp", "b.slp"):
         (tmp_path / name).touch()
-    one_line(lambda: read_labels(tmp_path), says="holds a.slp, b.slp; give the one that is meant")
+    one_line(lambda: read_labels(tmp_path), says="holds a.slp, b.slp; give one of them")
 
 
 # ---- several sources
@@ -1492,7 +1492,7 @@ def test_videos_of_another_computer(sio, pictures, tmp_path):
     text = one_line(lambda: read_labels(alone, videos=[tmp_path / "other"]), says="cam.mp4 is not below")
     assert str(tmp_path / "other") in text
     both = read_labels(file, videos=[tmp_path / "disk" / "m1", tmp_path / "other"])
-    assert kinds(both)["names that end like several files"] == 1 and len(both.images) == 1
+    assert kinds(both)["names that match several files"] == 1 and len(both.images) == 1
     one_line(
         lambda: read_labels(file, videos=[tmp_path / "gone"]), says="gone: no such folder", error=FileNotFoundError
     )
@@ -1536,7 +1536,7 @@ def test_coco_images_and_tasks_of_label_studio_lie_elsewhere(zoo, pictures, tmp_
     tasks = write_tasks(
         images_into(tmp_path / "tasks", []), [label_studio_task(pictures[0], 1, f"/x/{pictures[0].file.name}")]
     )
-    one_line(lambda: read_labels(tasks), says="no image was found")
+    one_line(lambda: read_labels(tasks), says="no image found")
     assert read_labels(tasks, videos=[zoo / "data"]).images[0].file == pictures[0].file
 
 
@@ -1634,7 +1634,7 @@ def test_parts_of_projects_and_folders_that_lack_something(pictures, zoo, tmp_pa
     for part in (project / "labeled-data", project / "videos", pose / "images", pose / "labels", zoo / "data"):
         for call in (read_labels, find_splits):
             one_line(
-                lambda call=call, part=part: call(part), says=f"a part of {part.parent.absolute()}: give that folder"
+                lambda call=call, part=part: call(part), says=f"a part of {part.parent.absolute()}; give that folder"
             )
     (pose / "data.yaml").write_text("names: [cat]\ntrain: images/train\n")
     one_line(lambda: read_labels(pose), says="data.yaml does not state kpt_shape")

@@ -82,7 +82,7 @@ def test_a_checkpoint_of_other_values(zoo, tmp_path):
     places += [place | {"stage": v} for v in ("scarcenet", [], None)] + [place | {"scale": 1}, [], 3]
     for other in places:
         save_file(tensors, file, metadata={"scarcenet": json.dumps(other)})
-        refused(file, lambda: load_checkpoint(file, config, data), "no checkpoint of this run")
+        refused(file, lambda: load_checkpoint(file, config, data), "not a checkpoint of this run")
     for name, value in (("optimiser.x.step", 1.0), ("optimiser.999.step", 1.0), ("nothing", 1.0), ("pseudo.xy", 1.0)):
         save_file({**tensors, name: torch.full((2, 2), value)}, file, metadata={"scarcenet": json.dumps(place)})
         refused(file, lambda: load_checkpoint(file, config, data))

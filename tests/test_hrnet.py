@@ -162,7 +162,7 @@ def test_starts_near_zero_and_is_reproducible():
 
 
 def test_a_size_that_cannot_be_halved_is_refused():
-    with pytest.raises(ValueError, match=r"multiples of 32, not \(100, 96\)"):
+    with pytest.raises(ValueError, match=r"multiples of 32 px, got \(100, 96\)"):
         hrnet_tiny(5)(torch.zeros(1, 3, 100, 96))
 
 
@@ -449,7 +449,7 @@ def test_placeholders_do_nothing(tmp_path, monkeypatch):
             torch.save({"state_dict": state, "meta": thing}, f"{name}.pth", _use_new_zipfile_serialization=zipped)
             assert len(load_weights(toy(), f"{name}.pth").loaded) == len(state)
         torch.save({"state_dict": thing}, f"{name}.pth")
-        refused(toy(), f"{name}.pth", "holds no state dict of tensors")
+        refused(toy(), f"{name}.pth", "expected a state dict of tensors")
     # what cannot become a placeholder is refused, and how to strip it is said in the same line
     for name, thing in {"method": Runs(Path.touch, Path("ran.txt")), "os": Runs(os.system, "touch ran.txt")}.items():
         torch.save({"state_dict": state, "meta": thing}, f"{name}.pth")

@@ -179,7 +179,7 @@ def test_frames_are_rgb(tmp_path):
 
 def test_frame_numbers_that_do_not_increase(clip):
     for wanted in ([3, 2], [5, 5], [-1]):
-        with pytest.raises(ValueError, match="must be 0 or more and increase"):
+        with pytest.raises(ValueError, match="expected increasing frame numbers"):
             list(read_frames(clip, wanted))
 
 
@@ -285,7 +285,9 @@ def test_a_video_cut_short(tmp_path):
         assert len(list(choose_frames(whole, 30, "kmeans"))) == 30
 
 
-@pytest.mark.parametrize(("count", "how", "says"), [(0, "even", "1 or more frames"), (3, "best", "'even' or 'kmeans'")])
+@pytest.mark.parametrize(
+    ("count", "how", "says"), [(0, "even", "1 or more frames"), (3, "best", "expected even or kmeans")]
+)
 def test_choices_that_do_not_exist(clip, count, how, says):
     with pytest.raises(ValueError, match=says):
         choose_frames(clip, count, how)
@@ -488,7 +490,7 @@ def test_unlabelled_images(project, poses, zoo, tmp_path):
     found = {f.kind: f for f in summary.findings}
     assert found["images that cannot be read"].count == 1
     assert str(torn) in found["images that cannot be read"].first[0]
-    assert found["unlabelled images that are there already"].count == 4
+    assert found["unlabelled images that the set already has"].count == 4
     new = read_coco(tmp_path / "set" / "annotations" / "train.json")
     assert len(new) == 14 and len(new.empty) == 2
 
@@ -601,9 +603,9 @@ def test_nothing_half(project, tmp_path, monkeypatch):
 def test_an_output_that_exists(project, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "mine.txt").write_text("precious")
-    with pytest.raises(ValueError, match="already there"):
+    with pytest.raises(ValueError, match="already exists"):
         import_set([project], tmp_path / "set")
-    with pytest.raises(ValueError, match="already there"):
+    with pytest.raises(ValueError, match="already exists"):
         import_set([project], tmp_path / "set" / "mine.txt")
     assert [f.name for f in tmp_path.rglob("*")] == ["set", "mine.txt"]
     (tmp_path / "empty").mkdir()
@@ -620,7 +622,7 @@ def test_what_cannot_be_imported(project, avi, tmp_path):
         (dict(unlabelled=[tmp_path / "nowhere"]), FileNotFoundError, "nowhere"),
         (dict(unlabelled=[bad]), ValueError, "bad.mp4"),
         (dict(unlabelled=[avi], frames=0), ValueError, "1 or more frames"),
-        (dict(unlabelled=[avi], choose="best"), ValueError, "'even' or 'kmeans'"),
+        (dict(unlabelled=[avi], choose="best"), ValueError, "expected even or kmeans"),
         (dict(val=0.7, test=0.3), ValueError, "shares"),
     ]
     for options, kind, says in cases:
@@ -677,7 +679,7 @@ def test_the_command(project, avi, tmp_path, capsys):
     assert (out / "annotations" / "val.json").is_file()
     assert main(words) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "already there" in error
+    assert error.count("\n") == 1 and "already exists" in error
 
 
 # ---- real projects

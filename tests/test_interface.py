@@ -247,7 +247,7 @@ def test_weights_of_other_keypoints_do_not_start_a_training(run, zoo, tmp_path):
     names = ("beak", *sn.AP10K.names[1:])
     config, file = run.config, tmp_path / "bird.safetensors"
     save_weights(build_network(config, 17), file, describe_network(config, replace(sn.AP10K, names=names)))
-    with pytest.raises(ValueError, match="made for other keypoints"):
+    with pytest.raises(ValueError, match="weights of other keypoints"):
         sn.train_run(replace(config, weights=str(file)), out=tmp_path / "run", progress=False)
     assert [f.name for f in (tmp_path / "run").iterdir()] == ["config.json"]  # so the folder may be used again
 
@@ -303,10 +303,10 @@ def test_damaged_files(run, tmp_path):
         (np.zeros((20, 20, 3)), None, "uint8"),
         (np.zeros((20, 20), np.uint8), None, r"\(H, W, 3\)"),
         (["text.png"], None, "no such image"),
-        (np.zeros((20, 20, 3), np.uint8), [[0, 0, 0, 5]], "no area"),
+        (np.zeros((20, 20, 3), np.uint8), [[0, 0, 0, 5]], "expected a width and height above 0"),
         (np.zeros((20, 20, 3), np.uint8), [[0, 0, float("nan"), 5]], "finite"),
         (np.zeros((20, 20, 3), np.uint8), [0, 0, 5, 5], r"\(N, 4\)"),
-        ([np.zeros((20, 20, 3), np.uint8)], [[0, 0, 5, 5]] * 2, "one box for each image"),
+        ([np.zeros((20, 20, 3), np.uint8)], [[0, 0, 5, 5]] * 2, "boxes: expected one for each of the 1 images, got 2"),
     ],
     ids=["nothing", "floats", "grey", "no file", "no area", "nan", "one box", "two boxes"],
 )
@@ -321,13 +321,13 @@ def test_settings_that_do_not_exist(zoo, tmp_path, run):
         ("demos", {}, "expected one of demo"),
         ("demo", {"colour": 1}, "colour"),
         ("demo", {"size": "32"}, "size is '32'"),
-        ("demo", {"epochs": 0.5}, "epochs is 0.5"),
-        ("demo", {"labels": None}, "labels is None, but must be of type int or str"),
+        ("demo", {"epochs": 0.5}, "epochs: expected int, got 0.5"),
+        ("demo", {"labels": None}, "labels: expected int or str, got None"),
     ):
         with pytest.raises(ValueError, match=says):
             sn.train_run(config, data=zoo, out=tmp_path / "new", **changes)
     assert not (tmp_path / "new").exists()
-    with pytest.raises(ValueError, match="already there"):
+    with pytest.raises(ValueError, match="already exists"):
         sn.train_run("demo", data=zoo, out=run.folder, **QUICK)
     with pytest.raises(FileNotFoundError, match="empty: no such file or folder"):
         sn.train_run("demo", data=tmp_path / "empty", out=tmp_path / "new", **QUICK)

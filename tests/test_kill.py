@@ -92,9 +92,9 @@ def test_two_trainings_in_one_folder(zoo, tmp_path):
     assert not (tmp_path / "run" / ".lock").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*sign of life")
+@pytest.mark.filterwarnings("ignore:.*whether it still runs")
 def test_stale_locks(tmp_path, monkeypatch):
-    """Of a dead process, of a number that is used again, of a machine that shows no sign of life, half written."""
+    """Of a dead process, of a number that is used again, of another machine that no longer answers, half written."""
     monkeypatch.setattr(lock, "LOST", 0.5)
     monkeypatch.setattr(lock, "BEAT", 0.3)
     alive = lock.this_process()
@@ -112,7 +112,10 @@ def test_a_lock_of_another_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.1)
     with locked(tmp_path / ".lock"):
         (tmp_path / ".lock").write_text(json.dumps(Holder("node7", 12, 1.0)._asdict()))
-        with pytest.warns(UserWarning, match="sign of life"), pytest.raises(ValueError, match="process 12 on node7"):
+        with (
+            pytest.warns(UserWarning, match="whether it still runs"),
+            pytest.raises(ValueError, match="process 12 on node7"),
+        ):
             with locked(tmp_path / ".lock"):
                 pass
 

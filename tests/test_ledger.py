@@ -249,5 +249,5 @@ def test_a_run_without(zoo, tmp_path):
     run_data = load_run_data(config, tmp_path)
     train_in_folder(config, open_run(tmp_path / "run", config), run_data)
     assert not (tmp_path / "run/ledger").exists()
-    with pytest.raises(FileNotFoundError, match="no ledger there"):
+    with pytest.raises(FileNotFoundError, match="no ledger;"):
         open_ledger(tmp_path / "run")

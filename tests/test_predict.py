@@ -242,9 +242,9 @@ def test_one_video_that_is_none_does_not_cost_a_folder(pose, tmp_path):
     [
         ("nowhere.mp4", "no such file"),
         ("notes.txt", "expected an image, a video or a folder, got .txt"),
-        ("empty", "no image and no video in it"),
+        ("empty", "expected images or videos in it"),
         ([], "got none"),
-        (np.zeros((4, 4)), "expected an image as an array"),
+        (np.zeros((4, 4)), "expected an image"),
         (np.zeros((0, 4, 4, 3), np.uint8), "got none"),
     ],
     ids=["nothing", "text", "empty", "no sources", "floats", "no frames"],
@@ -335,8 +335,7 @@ def test_boxes_of_a_file_by_image_names(pose, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
-    [([dict(image_id=1, bbox=[1, 2, 3, 4])], "results have numbers alone"), (dict(images=[]), "no box in it")],
+    ("content", "says"), [([dict(image_id=1, bbox=[1, 2, 3, 4])], "ids alone"), (dict(images=[]), "no box in it")]
 )
 def test_files_without_boxes(pose, tmp_path, content, says):
     write_json(tmp_path / "boxes.json", content)
@@ -378,7 +377,9 @@ def test_boxes_by_default_are_those_of_the_training(pose, trained, chosen, warns
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert own.predict(image_at(0, 0).pixels).boxes == chosen
-    assert [str(w.message).startswith("boxes: pose (the network was trained with") for w in caught] == [True] * warns
+    assert [str(w.message).startswith("boxes: using pose (the network was trained with") for w in caught] == [
+        True
+    ] * warns
 
 
 # ---- what is written
@@ -509,7 +510,7 @@ def test_sleap_of_images(pose, tmp_path):
     ):
         with pytest.raises(ValueError, match=says):
             pose.predict(tmp_path, boxes="image").save(tmp_path / name)
-    with pytest.raises(ValueError, match="frames of an array have no file"):
+    with pytest.raises(ValueError, match="got an array"):
         pose.predict(image_at(0, 0).pixels, boxes="image").save(tmp_path / "b.slp")
 
 
@@ -587,7 +588,7 @@ def test_videos_are_not_joined_into_one_table(pose, films, tmp_path):
             pytest.importorskip("sleap_io")
         with pytest.raises(ValueError, match=f"{name}: expected one video, got 5 videos and images; name a folder, a/"):
             found.save(tmp_path / name)
-    with pytest.raises(ValueError, match="a.csv: the ending of a file says its format"):
+    with pytest.raises(ValueError, match="a.csv: a file's ending sets its format"):
         found.save(tmp_path / "a.csv", format="h5")
     with pytest.raises(ValueError, match="clip.mat: expected a folder, or a name that ends in"):
         found.save(tmp_path / "poses", format="mat")
@@ -609,7 +610,7 @@ def test_a_folder_goes_on(pose, films, tmp_path):
         interrupted(pose.predict(films, boxes="pose"), 3).save(films, draw=drawn)
     done = {f.relative_to(films).as_posix() for f in films.rglob("*.csv")}
     assert "monday/clip.csv" in done and "tuesday/clip.csv" not in done
-    with pytest.raises(ValueError, match="already there"):
+    with pytest.raises(ValueError, match="already exists"):
         pose.predict(films, boxes="pose").save(films)
     pose.predict(films, boxes="pose").save(films, draw=drawn, resume=True)
     for name in FILMS:
@@ -630,13 +631,13 @@ def test_names_of_videos():
 def test_nothing_is_overwritten(single, pose, walk, tmp_path):
     single.save(tmp_path / "a.csv")
     for again in (single, pose.predict(walk, boxes="pose")):
-        with pytest.raises(ValueError, match="a.csv: already there"):
+        with pytest.raises(ValueError, match="a.csv: already exists"):
             again.save(tmp_path / "a.csv")
     with pytest.raises(ValueError, match="a.csv: finished; nothing is left to resume"):
         pose.predict(walk, boxes="pose").save(tmp_path / "a.csv", resume=True)
     (tmp_path / "drawn").mkdir()
     (tmp_path / "drawn" / "mine.txt").write_text("a")
-    with pytest.raises(ValueError, match="drawn: already there"):
+    with pytest.raises(ValueError, match="drawn: already exists"):
         single.save(tmp_path / "b.csv", draw=tmp_path / "drawn")
     assert {f.name for f in tmp_path.iterdir()} == {"a.csv", "drawn"}
 
@@ -671,7 +672,7 @@ def test_what_was_interrupted_goes_on(pose, walk, tmp_path, boxes, ending):
         assert len(rows.index[-1:]) and out.read_text().splitlines()[-1].startswith("31,")
     else:
         assert len(json.loads(out.read_text())["images"]) == 32
-    with pytest.raises(ValueError, match="already there"):
+    with pytest.raises(ValueError, match="already exists"):
         pose.predict(walk, boxes=boxes).save(out)
     with pytest.raises(KeyboardInterrupt):
         interrupted(pose.predict(walk, boxes=boxes), 1).save(out, resume=True)
@@ -687,7 +688,7 @@ def test_a_power_cut(pose, walk, tmp_path):
         interrupted(pose.predict(walk, boxes="pose"), 3).save(out)
     out.unlink()
     os.truncate(rest, rest.stat().st_size - 77)
-    with pytest.raises(ValueError, match="begun and not finished; resume it"):
+    with pytest.raises(ValueError, match="unfinished; go on with resume"):
         pose.predict(walk, boxes="pose").save(out)
     assert pose.predict(walk, boxes="pose").save(out, resume=True).read_bytes() == whole.read_bytes()
 
@@ -734,7 +735,7 @@ def test_a_drawing_shows_the_poses(single, walk, tmp_path):
     file = single.draw(tmp_path / "drawn.mp4")
     before, after = (np.stack([frame for _, frame in read_frames(f)]) for f in (walk, file))
     assert before.shape == after.shape
-    with pytest.raises(ValueError, match="already there"):
+    with pytest.raises(ValueError, match="already exists"):
         single.draw(file)
 
 
@@ -763,10 +764,10 @@ def test_only_its_own_drawing_is_written_anew(pose, walk, tmp_path, capsys):
         interrupted(pose.predict(film, boxes="pose"), 2).save(tmp_path / "a.csv", draw=tmp_path / "a.mp4")
     with pytest.raises(ValueError, match="begun with other drawing"):
         pose.predict(film, boxes="pose").save(tmp_path / "a.csv", draw=other, resume=True)
-    with pytest.raises(ValueError, match="already there"):
+    with pytest.raises(ValueError, match="already exists"):
         pose.predict(film, boxes="pose").draw(other)
     assert main(["predict", str(pose.file), str(film), "--draw", str(other), "--resume"]) == 1
-    assert "a drawing alone begins anew" in capsys.readouterr().err
+    assert "a drawing alone starts over" in capsys.readouterr().err
     assert film.read_bytes() == walk.read_bytes() and other.read_bytes() == b"mine"
 
 
@@ -846,7 +847,9 @@ def test_the_command(weights, walk, tmp_path, capsys):
     out, drawn = tmp_path / "a.csv", tmp_path / "a.mp4"
     assert scarcenet("predict", weights, walk, "--out", out, "--draw", drawn) == 0
     said = capsys.readouterr()
-    assert "70 frames, 17 keypoints, boxes: pose" in said.out and "boxes: pose (the network was trained" in said.err
+    assert (
+        "70 frames, 17 keypoints, boxes: pose" in said.out and "boxes: using pose (the network was trained" in said.err
+    )
     python = sn.Predictor(weights, device="cpu").predict(walk, boxes="pose").save(tmp_path / "b.csv")
     assert out.read_text().splitlines()[:3] == python.read_text().splitlines()[:3]
     tables = (pd.read_csv(file, header=[0, 1, 2], index_col=0).to_numpy() for file in (out, python))
@@ -859,10 +862,10 @@ def test_the_command(weights, walk, tmp_path, capsys):
     ("words", "says"),
     [
         (("nowhere.mp4", "--out", "a.csv"), "nowhere.mp4: no such file"),
-        (("WALK",), "nothing would be written"),
+        (("WALK",), "got neither"),
         (("WALK", "--out", "a.xlsx"), "expected a folder, or a name that ends in .csv"),
-        (("WALK", "--out", "a.csv", "--format", "h5"), "the ending of a file says its format"),
-        (("WALK", "--out", "there.csv"), "there.csv: already there"),
+        (("WALK", "--out", "a.csv", "--format", "h5"), "a file's ending sets its format"),
+        (("WALK", "--out", "there.csv"), "there.csv: already exists"),
         (("WALK", "--out", "a.csv", "--draw", "a.mov"), "a.mov: a video that is not written here"),
         (("WALK", "--out", "a.csv", "--boxes", "none.json"), "boxes 'none.json'"),
         (("WALK", "--out", "a.csv", "--boxes", "detector", "--detector", "yolo"), "detector 'yolo': expected one of"),
@@ -875,7 +878,7 @@ def test_bad_input_is_one_line(weights, walk, tmp_path, monkeypatch, capsys, wor
     monkeypatch.chdir(tmp_path)
     Path("there.csv").write_text("mine")
     assert scarcenet("predict", weights, *(walk if w == "WALK" else w for w in words)) == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if "boxes: pose (" not in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "boxes: using pose (" not in line]
     assert len(lines) == 1 and says in lines[0]
     assert [f.name for f in tmp_path.iterdir()] == ["there.csv"] and Path("there.csv").read_text() == "mine"
 

@@ -225,7 +225,7 @@ def test_keypoint_box():
     assert small[2:] == (8, 8)  # px, at least
     x, y, w, h = keypoint_box(np.array([[500, 50], [510, 60], [505, 70]]), np.ones(3), 100, 100)
     assert x > 400 and min(w, h) > 0  # outside of the image, which `check` reports
-    with pytest.raises(ValueError, match="needs a labelled keypoint"):
+    with pytest.raises(ValueError, match="at least one labelled keypoint"):
         keypoint_box(xy, np.zeros(4), 100, 100)
 
 
@@ -421,48 +421,48 @@ ODD = {
         ("keypoint lists without flags", 1),
         (4, 0, 3, "file"),
     ),
-    "area negative": (change(area=-3), ("areas that are no positive numbers", 1), (4, 0, 4, "file")),
-    "area a truth value": (change(area=True), ("areas that are no positive numbers", 1), (4, 0, 4, "file")),
-    "area a word": (change(area="big"), ("areas that are no positive numbers", 1), (4, 0, 4, "file")),
-    "area NaN": (change(area=NAN), ("areas that are no positive numbers", 1), (4, 0, 4, "file")),
-    "no such image": (change(image_id=99), ("annotations of no image of the file", 1), GONE),
-    "no image": (change(image_id=None), ("annotations of no image of the file", 1), GONE),
-    "image a list": (change(image_id=[8]), ("annotations of no image of the file", 1), GONE),
+    "area negative": (change(area=-3), ("areas that are not positive numbers", 1), (4, 0, 4, "file")),
+    "area a truth value": (change(area=True), ("areas that are not positive numbers", 1), (4, 0, 4, "file")),
+    "area a word": (change(area="big"), ("areas that are not positive numbers", 1), (4, 0, 4, "file")),
+    "area NaN": (change(area=NAN), ("areas that are not positive numbers", 1), (4, 0, 4, "file")),
+    "no such image": (change(image_id=99), ("annotations of an unknown image", 1), GONE),
+    "no image": (change(image_id=None), ("annotations of an unknown image", 1), GONE),
+    "image a list": (change(image_id=[8]), ("annotations of an unknown image", 1), GONE),
     "no such category, but there is one": (
         change(category_id=5),
-        ("annotations of no category of the file", 1),
+        ("annotations of an unknown category", 1),
         (4, 0, 4, "file"),
     ),
     "no category, but there is one": (
         change(category_id=None),
-        ("annotations of no category of the file", 1),
+        ("annotations of an unknown category", 1),
         (4, 0, 4, "file"),
     ),
     "id twice": (change(id=1), ("annotations without an id of their own", 1), (4, 0, None, None)),
     "no id": (change(id=None), ("annotations without an id of their own", 1), (4, 0, None, None)),
     "annotation twice": (
         lambda d: d["annotations"].append(copy.deepcopy(d["annotations"][1])),
-        ("annotations that are listed twice", 1),
+        ("duplicate annotations", 1),
         (4, 0, 4, "file"),
     ),
     "annotation is no object": (
         lambda d: d["annotations"].append(3),
-        ("entries under annotations that are no objects", 1),
+        ("entries under annotations that are not objects", 1),
         (4, 0, 4, "file"),
     ),
     "image twice": (
         lambda d: d["images"].append(copy.deepcopy(d["images"][1])),
-        ("images that are listed twice", 1),
+        ("duplicate images", 1),
         (4, 0, 4, "file"),
     ),
     "image under two ids": (
         lambda d: (d["images"].append(dict(d["images"][1], id=50)), d["annotations"][1].update(image_id=50)),
-        ("images that are listed twice", 1),
+        ("duplicate images", 1),
         (4, 0, 4, "file"),
     ),
     "one id of two images": (
         lambda d: d["images"].append(dict(d["images"][1], file_name="other.jpg")),
-        ("image ids of two files", 1),
+        ("image ids with two files", 1),
         GONE,
     ),
     "image without a name": (change(1, "images", file_name=None), ("images without a file name", 1), GONE),
@@ -474,22 +474,22 @@ ODD = {
     ),
     "bone beyond the keypoints": (
         change(0, "categories", skeleton=[[1, 2], [3, 9]]),
-        ("bones of a skeleton that lead to no keypoint", 1),
+        ("skeleton edges to unknown keypoints", 1),
         (4, 0, 4, "file"),
     ),
     "bone of one": (
         change(0, "categories", skeleton=[[1, 2], [3]]),
-        ("bones of a skeleton that lead to no keypoint", 1),
+        ("skeleton edges to unknown keypoints", 1),
         (4, 0, 4, "file"),
     ),
     "flip_pairs beyond the keypoints": (
         change(0, "categories", flip_pairs=[[1, 9]]),
-        ("flip_pairs that are no pairs of keypoints", 1),
+        ("flip_pairs that are not pairs of keypoints", 1),
         (4, 0, 4, "file"),
     ),
     "sigmas of another number": (
         change(0, "categories", sigmas=[0.1]),
-        ("sigmas that do not fit the keypoints", 1),
+        ("sigmas that do not match the keypoints", 1),
         (4, 0, 4, "file"),
     ),
     "helper category": (
@@ -645,7 +645,7 @@ def test_categories():
     assert counts(poses) == {"annotations of a category without keypoints": 2}
     data = content(categories=2)
     data["annotations"][1]["category_id"] = 77  # which of the two, nobody knows
-    assert counts(read(data)) == {"annotations of no category of the file": 1} and len(read(data)) == 3
+    assert counts(read(data)) == {"annotations of an unknown category": 1} and len(read(data)) == 3
 
 
 def test_helper_category_among_several():
@@ -693,7 +693,7 @@ def test_images_without_annotation():
             (-13, 12, (0, 0, 320, 240), "image", "mole 0", "a.mp4"),
         ]
         assert len(poses) == 4 and not poses.unannotated and poses.subset([0]).empty == poses.empty
-    assert "images without annotation: 2, not used; --boxes image | pose | detector uses them" in str(
+    assert "images without annotation: 2, not used; use them with --boxes image, pose or detector" in str(
         check_poses(poses)
     )
     with pytest.warns(UserWarning, match="images without annotation: 2, not used") as caught:
@@ -867,9 +867,9 @@ def test_no_name_leads_out_of_the_folder(place, name):
     poses = read_coco(place)
     folder = place.parents[1] / "images"
     assert poses.instances[0].file == folder / "secret.jpg" and not poses.instances[0].file.exists()
-    assert counts(poses) == {"file names that lead out of the images' folder": 1}
+    assert counts(poses) == {"file names outside the images' folder": 1}
     assert check_poses(poses).odd["missing images"] == [str(folder / "secret.jpg")]
-    with pytest.raises(ValueError, match="is not a file inside the images' folder"):
+    with pytest.raises(ValueError, match="expected a file in the images' folder"):
         read_coco(place, strict=True)
 
 
@@ -882,9 +882,9 @@ def test_images_whose_folders_are_lost(place):
     poses = read_coco(place)
     assert poses.column("id").tolist() == [3, 4] and set(poses.column("image_id")) == {9}
     assert counts(poses) == {
-        "images of different names that are one file": 1,
-        "images that are listed twice": 1,
-        "annotations of no image of the file": 2,
+        "images with different names but the same file": 1,
+        "duplicate images": 1,
+        "annotations of an unknown image": 2,
     }
 
 
@@ -1161,7 +1161,7 @@ def test_several_kinds_in_one_line():
     assert (
         "annotations of no image of the file: 1 (skipped)" in line and "`scarcenet check set.json` lists them" in line
     )
-    assert "annotations without a box: 1 (box made of the keypoints)" in line and line.count("odd entries") == 1
+    assert "annotations without a box: 1 (box computed from the keypoints)" in line and line.count("odd entries") == 1
 
 
 def test_boxes_that_are_not_around_their_keypoints():
@@ -1170,7 +1170,7 @@ def test_boxes_that_are_not_around_their_keypoints():
     data["annotations"][2]["keypoints"][:3] = [300, 200, 2]  # one of four is no reason
     data["annotations"][3]["keypoints"][:3] = [0, 0, 2]
     report = check_poses(read(data))
-    assert report.odd["boxes that are not around their keypoints"] == [2]
+    assert report.odd["boxes without most of their keypoints"] == [2]
     assert report.odd["labelled keypoints at exactly 0, 0"] == [4]
 
 
@@ -1265,9 +1265,9 @@ def test_exif_turned_images_are_counted(animals, capsys):
         assert cli.main(["check", str(animals), "--exif", frame]) == 0
         out = capsys.readouterr().out
         assert out.count("images with an EXIF turn that their size does not settle: 1") == 1
-        assert f"those of the {frame} image; --exif stored | upright says which" in out
+        assert f"frame of the {frame} image; choose with --exif stored or upright" in out
         (line,) = lines(read_coco(*find_split(animals, "train"), upright=frame == "upright"))
-        assert f"settle: 1, keypoints taken as those of the {frame} image; --exif" in line
+        assert f"settle: 1, keypoints are read in the frame of the {frame} image; choose with --exif" in line
 
 
 def test_lists_of_two_numbers_a_keypoint():

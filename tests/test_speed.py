@@ -308,7 +308,7 @@ def test_training_in_bfloat16(poses):
 
 def test_unknown_formats():
     for wrong in (dict(precision="fp8"), dict(compile="fast")):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .* but must be one of"):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected one of .*, got"):
             Config(**wrong)
 
 

@@ -309,7 +309,7 @@ def test_labels_in_parts():
     assert label_parts(config) == (5,) and label_parts(replace(config, labels="all")) == ("all",)
     assert label_parts(replace(config, labels="5, a.json,all")) == (5, "a.json", "all")
     assert label_parts(replace(config, families=("Bovidae",))) == (("Bovidae",),)
-    with pytest.raises(ValueError, match="labels is empty"):
+    with pytest.raises(ValueError, match="labels: expected"):
         label_parts(replace(config, labels=","))
 
 
@@ -387,6 +387,24 @@ def test_what_was_touched_is_not_told(found, run, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_splits(replace(run.config, labels=f"1,{file}"), run.folder)
+
+
+@pytest.mark.parametrize("command", ["pseudo", "accepted"])
+def test_other_predictions_are_told_too(command, run, tmp_path, capsys):
+    """As with suggest: images in which nothing was corrected are counted; human labels are not."""
+    scarcenet(command, run.folder, "--out", tmp_path / "labels.json")
+    content = read_json(tmp_path / "labels.json")
+    predicted = [a for a in content["annotations"] if not a.get("labelled") and a["num_keypoints"]]
+    images = list(dict.fromkeys(a["image_id"] for a in predicted))
+    config = replace(run.config, labels=str(tmp_path / "labels.json"))
+    with pytest.warns(UserWarning, match=f"labels.json: {len(images)} images with every keypoint where"):
+        read_splits(config, run.folder)
+    moved, removed = (next(a for a in predicted if a["image_id"] == i)["keypoints"] for i in images[:2])
+    moved[3 * moved[2::3].index(2)] += 5
+    removed[3 * removed[2::3].index(2) + 2] = 0
+    write_json(tmp_path / "labels.json", content)
+    with pytest.warns(UserWarning, match=f"labels.json: {len(images) - 2} images with every keypoint where"):
+        read_splits(config, run.folder)
 
 
 # ---- a project of DeepLabCut
@@ -523,12 +541,12 @@ def test_a_weights_file_is_no_run(command, run, tmp_path, capsys):
 
 def test_bad_input(run, zoo, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    refused(capsys, tmp_path / "nowhere", "--out", out, says="no weights file, nor the folder of a finished run")
+    refused(capsys, tmp_path / "nowhere", "--out", out, says="expected a weights file or the folder of a finished run")
     refused(capsys, run.folder, "--out", out, "--count", 0, says="expected 1 or more images")
     whole = sn.train_run("demo", data=zoo, out=tmp_path / "whole", **QUICK | dict(labels="all", epochs=0))
     refused(capsys, whole.folder, "--out", out, says="24 images of its training set are labelled: none is left")
     (tmp_path / "there").mkdir()
-    refused(capsys, run.folder, "--out", tmp_path / "there", says="already there")
+    refused(capsys, run.folder, "--out", tmp_path / "there", says="already exists")
     monkeypatch.setitem(sys.modules, "sleap_io", None)
     refused(capsys, run.folder, "--out", out, "--format", "slp", says="format slp needs sleap-io: pip install")
     assert not out.exists()

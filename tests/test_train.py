@@ -473,7 +473,7 @@ def test_stage_one_alone_leaves_a_whole_folder(config, run_data, tmp_path):
 
 def test_a_folder_with_something_in_it_is_left_alone(config, finished):
     before = {f.name: f.stat().st_mtime_ns for f in finished[0].iterdir()}
-    with pytest.raises(ValueError, match="already there"):
+    with pytest.raises(ValueError, match="already exists"):
         open_run(finished[0], config)
     with pytest.raises(ValueError, match="seed is 3 there"):
         open_run(finished[0], replace(config, seed=4), resume=True)

@@ -318,7 +318,7 @@ def test_files_that_are_there_stay(tmp_path, capsys):
     """The video, or only its truth, is there already; another kind of video; neither a folder nor a video."""
     (tmp_path / "w.json").write_text("mine")
     assert cli.main(["zoo", "--video", str(tmp_path / "w.mp4"), "--frames", "2"]) == 1
-    assert "w.json: already there" in capsys.readouterr().err and (tmp_path / "w.json").read_text() == "mine"
+    assert "w.json: already exists" in capsys.readouterr().err and (tmp_path / "w.json").read_text() == "mine"
     assert [f.name for f in tmp_path.iterdir()] == ["w.json"]
     assert cli.main(["zoo", "--video", str(tmp_path / "w.avi")]) == 1
     assert ".mp4" in capsys.readouterr().err
@@ -332,7 +332,7 @@ def test_a_video_is_written_whole_or_not_at_all(codec, tmp_path):
     with pytest.raises(KeyboardInterrupt), open_mp4(tmp_path / "v.mp4", 25, (96, 64), codec) as add:
         add(frame)
         raise KeyboardInterrupt
-    with pytest.raises(ValueError, match="even sides"), open_mp4(tmp_path / "v.mp4", 25, (95, 64), codec):
+    with pytest.raises(ValueError, match="an even width and height"), open_mp4(tmp_path / "v.mp4", 25, (95, 64), codec):
         pass
     with pytest.raises(ValueError, match="expected a frame"), open_mp4(tmp_path / "v.mp4", 25, (96, 64), codec) as add:
         add(frame[:2])

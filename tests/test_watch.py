@@ -86,7 +86,7 @@ def test_log(zoo, tmp_path, capsys):
     printed = capsys.readouterr()
     assert all(line in log.read_text() for line in (printed.out + printed.err).splitlines())
     assert cli.main(words) == 1
-    assert "already there" in capsys.readouterr().err and "already there" in log.read_text().splitlines()[-1]
+    assert "already exists" in capsys.readouterr().err and "already exists" in log.read_text().splitlines()[-1]
     assert cli.main(["check", str(tmp_path / "none"), "--log", str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -30,26 +30,31 @@ def zoo(
     animals: int = 1,
     camera: Literal["follow", "pan"] = "follow",
 ) -> None:
-    """Write the embedded animals as a COCO keypoint set in AP-10K's layout, or film them while they walk.
+    """Draw the zoo, the built-in animals: a COCO keypoint set in AP-10K's layout, or a video of animals that walk.
+
+    For example:
+    $ scarcenet zoo --out zoo --train 960
+    $ scarcenet zoo --video walk.mp4 --species horse --animals 2
 
     Args:
         out: folder of the set; must be new, or hold the same set
         train: images of the train split
         val: images of the val split
         test: images of the test split
-        seed: the same seed gives the same bytes; of a film, the same truth and the same frames before the encoder
-        video: new video (.mp4), and beside it the truth of each frame: COCO (.json), and .slp if sleap-io is installed
-        frames: of the video
-        fps: frames a second
-        size: of the video, WIDTHxHEIGHT in px, multiples of 4
-        species: of the video's animals, in turn; without it, one is drawn for all
-        animals: in the video
-        camera: follow travels along beside the animals; pan stands, and they go round in a circle
+        seed: the same seed gives the same files; of a video, the same keypoints and the same frames before encoding
+        video: new video (.mp4); the keypoints of its frames go into files beside it: COCO (.json), and .slp if
+            sleap-io is installed
+        frames: frames of the video
+        fps: frames per second of the video
+        size: size of the video, WIDTHxHEIGHT in px, multiples of 4
+        species: species of the video's animals, in turn; default: one species, chosen by the seed
+        animals: animals in the video
+        camera: follow: the camera moves beside the animals; pan: it stands and turns, and the animals walk in a circle
     """
     from scarcenet.zoo.dataset import write_zoo
 
     if out is None and video is None:
-        raise ValueError("zoo: expected --out FOLDER for a set of images, or --video FILE.mp4 for a film")
+        raise ValueError("zoo: expected --out FOLDER for a set of images, or --video FILE.mp4 for a video")
     if out is not None:
         print(f"{train} + {val} + {test} images: {write_zoo(out, train, val, test, seed)}")
     if video is not None:
@@ -71,21 +76,25 @@ def check(
     labels: str = "",
     json: Switch = False,
 ) -> None:
-    """Count what a data set holds, report odd entries and what was done about them, and what looks wrong.
+    """Check a data set: count its content, list odd entries and what was done about them, and what looks wrong.
 
-    Exit code 1 for what a training refuses: an image that is missing, torn or of another size than the set says.
+    Exit code 1 if training would refuse the set: an image is missing, damaged or of another size than stated.
+
+    For example:
+    $ scarcenet check my_set --draw sheets
 
     Args:
         data: folder of a COCO keypoint set, or one annotation file
-        images: folder of the images, if it is neither beside the annotation file nor one folder up
-        draw: folder for a figure of each annotation file's samples, {name}.png: boxes, keypoints, annotation ids
+        images: folder of the images; default: beside the annotation file, or one folder up
+        draw: folder for one figure per annotation file, {name}.png: samples with boxes, keypoints, annotation ids
         samples: instances in such a figure
-        seed: of their random choice
-        strict: refuse the first odd entry
-        flip_pairs: LEFT:RIGHT names of keypoints that a mirror exchanges, instead of those that are found
-        exif: frame of the keypoints in images with an EXIF turn, where the stated size does not tell
-        labels: of a training, to see what they fit: labelled images of each species, or a file with image ids
-        json: print one object for programs: for each file its counts and its faults, with counts and three entries
+        seed: seed of their random choice
+        strict: stop at the first odd entry instead of skipping it
+        flip_pairs: LEFT:RIGHT names of keypoints that swap in a mirrored image, instead of the pairs that are found
+        exif: frame of the keypoints in images with an EXIF orientation, where the stated image size does not tell it:
+            pixels as stored, or upright as viewers show them
+        labels: the --labels that you will give to train, to see which of them match the set
+        json: print one JSON object instead of text: for each file its counts and its faults, with three entries of each
     """
     import json as writer
 
@@ -151,26 +160,29 @@ def import_(
     videos: tuple[Path, ...] = (),
     strict: bool = False,
 ) -> None:
-    """Make a data set of what a labelling tool wrote, and of unlabelled images and videos.
+    """Make a data set of labels from a labelling tool, and of unlabelled images and videos.
 
-    Reads projects and tables of DeepLabCut and Lightning Pose, SLEAP labels, Label Studio's JSON, Ultralytics pose sets
-    and COCO. The sources are not changed. Images that are missing, torn or of another size than the labels say are left
-    out and counted, and so is all else that is odd; what two sources have is taken once.
+    Reads DeepLabCut and Lightning Pose projects and tables, SLEAP labels, Label Studio JSON, Ultralytics pose sets and
+    COCO keypoints. The sources are not changed. Images that are missing, damaged or of another size than stated are
+    left out and counted, and so is every other odd entry. Duplicates across sources are taken once.
+
+    For example:
+    $ scarcenet import my_dlc_project --unlabelled videos --val 0.1 --test 0.2 --out my_set
 
     Args:
-        sources: what the tool wrote, one file or project or several with the same keypoints
-        out: folder of the new set; must be new, or empty
-        unlabelled: folders of images and videos, or files
-        frames: frames of each of these videos
-        choose: frames at even distances, or spread by appearance (k-means on small grey images)
-        val: share of the labelled images that becomes the val split; a source with splits of its own keeps them
+        sources: files or projects of labelling tools; several must have the same keypoints
+        out: folder of the new set; must be new or empty
+        unlabelled: unlabelled images and videos, or folders of them
+        frames: frames to take of each unlabelled video
+        choose: even: frames at equal distances; kmeans: frames that differ (k-means on small grey images)
+        val: share of the labelled images for the val split, 0 to 1; a source that has splits keeps them
         test: the same for the test split
-        seed: of the splits and of k-means
-        flip_pairs: LEFT:RIGHT names of keypoints that a mirror exchanges, instead of those that are found
-        exif: frame of the keypoints in images with an EXIF turn, where the stated size does not tell; auto: the
-            tool's usual one
-        videos: further folders in which the labels' videos and images are looked for, by the last parts of their paths
-        strict: refuse the first odd entry
+        seed: seed of the splits and of k-means
+        flip_pairs: LEFT:RIGHT names of keypoints that swap in a mirrored image, instead of the pairs that are found
+        exif: frame of the keypoints in images with an EXIF orientation, where the stated image size does not tell it:
+            pixels as stored, or upright as viewers show them; auto: as the labelling tool does
+        videos: more folders to search for the videos and images that the labels name, by the last parts of their paths
+        strict: stop at the first odd entry instead of skipping it
     """
     from scarcenet.data.importing import import_set
 

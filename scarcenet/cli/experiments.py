@@ -19,14 +19,15 @@ from ..utils.files import FULL, new_file, write_json
 from ..utils.progress import in_notebook
 
 # %% ../../nbs/cli/experiments.ipynb #helpers
-_AP10K = "AP-10K with {} labelled images of each species; its folder is named with --data"
+_AP10K = "AP-10K with {} labelled images per species; --data names its folder"
 ABOUT = {
-    "official": "what the official code computes, quirks included: HRNet-W32, days on a CPU, hours on a GPU",
-    "demo": "a small network on the embedded animals: minutes on two CPU cores",
-    "animals": "demo's network on photographs, 25 labelled of each species; their folder is named with --data: "
-    "half an hour on a CPU core",
+    "mine": "your own animals, tens of labelled images: chooses size, batch and epochs for the set that --data names",
+    "demo": "a small network on the drawn animals of the zoo: minutes on two CPU cores",
+    "animals": "the demo's network on photographs, 25 labelled images per species; --data names their folder: half an "
+    "hour on a CPU core",
+    "official": "HRNet-W32 as the official code trains it, its quirks included: days on a CPU, hours on a GPU",
     **{f"ap10k-{n}": _AP10K.format(n) for n in (5, 10, 15, 20, 25)},
-    "ap10k-transfer": "AP-10K with every Bovidae labelled and no other family",
+    "ap10k-transfer": "AP-10K with all images of Bovidae labelled and no other; --data names its folder",
 }
 if TYPE_CHECKING:  # a preset is a Config; tyro makes a subcommand of each, with the fields as flags
     Preset = Config
@@ -36,13 +37,13 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]  # --resume, and no --no-resume
 
 
 def show_progress() -> bool:
-    """Whether progress is told: not in a notebook, whose page keeps what a command prints."""
+    """Whether to show progress: not in a notebook, which keeps what a command prints."""
     return not in_notebook()
 
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """Add to an interruption, and to the error of a full disk, how the run goes on."""
+    """Add "go on with --resume" to an interruption and to the error of a full disk."""
     try:
         yield
     except KeyboardInterrupt as e:
@@ -56,15 +57,18 @@ def resumable(folder: Path) -> Iterator[None]:
 def ablate(
     config: Preset, out: Path, seeds: tuple[int, ...] = (0, 1, 2), differences: bool = False, resume: Switch = False
 ) -> None:
-    """Train the supervised baseline, and ScarceNet with one part after the other, for several seeds.
+    """Measure what each part of the method adds: train a supervised baseline, then ScarceNet part by part.
 
-    Prints mean ± deviation over the seeds, on the test split.
+    Prints mean ± standard deviation over the seeds, on the test split.
+
+    For example:
+    $ scarcenet ablate demo --out runs/ablation --seeds 0 1 2
 
     Args:
-        out: folder for ablation.csv and the stage 1 of each seed; must be new, or empty
-        seeds: each draws its own labelled images; replaces --seed
-        differences: instead of the parts, the choices in which the official code differs, one at a time
-        resume: keep the rows that are there already, and go on
+        out: folder for ablation.csv and the stage 1 network of each seed; must be new or empty
+        seeds: each seed chooses its own labelled images; replaces --seed
+        differences: compare not the parts, but the choices in which the official code differs, one at a time
+        resume: keep the finished rows and go on
     """
     from scarcenet.evaluate import format_table
     from scarcenet.experiments.ablation import DIFFERENCES, METHODS, run_ablation
@@ -94,21 +98,24 @@ def study(
     options: dict[str, str] | None = None,
     resume: Switch = False,
 ) -> None:
-    """Train methods x numbers of labels x seeds, one row of study.csv for each.
+    """Compare methods: train each with several numbers of labels and several seeds, one row of study.csv for each.
 
-    Prints mean ± deviation over the seeds, on the test split.
+    Prints mean ± standard deviation over the seeds, on the test split.
+
+    For example:
+    $ scarcenet study animals --data my_set --out runs/study --counts 5 25 --methods supervised scarcenet
 
     Args:
-        out: folder for study.csv and the stage 1 of each draw; must be new, or empty
-        counts: labelled images of each category; replaces --labels. With --families, these are labelled instead
-        seeds: each draws its own labelled images; replaces --seed
-        methods: supervised, all pseudo-labels, + small loss, + relabeling, scarcenet, official, all labels;
-            without it, all of them
-        cluster: slurm: train in jobs of a cluster, which go on without this command; local: in processes side by side
-        jobs: among which the draws of labels are dealt out; 0: a job for each
-        hours: after which a job is ended and queued again
-        options: of submitit, by name and value: slurm_partition gpu gpus_per_node 1 cpus_per_task 8
-        resume: keep the rows that are there already, and go on
+        out: folder for study.csv and the stage 1 networks; must be new or empty
+        counts: labelled images per category; replaces --labels; ignored with --families
+        seeds: each seed chooses its own labelled images; replaces --seed
+        methods: supervised, "all pseudo-labels", "+ small loss", "+ relabeling", scarcenet, official, "all labels";
+            default: all of them
+        cluster: slurm: train in Slurm jobs, which go on when this command ends; local: in parallel processes
+        jobs: number of jobs that share the work; 0: one job for each count and seed
+        hours: time limit of a job, hours; it is then queued again and goes on
+        options: options of submitit, as names and values: slurm_partition gpu gpus_per_node 1 cpus_per_task 8
+        resume: keep the finished rows and go on
     """
     from scarcenet.experiments.jobs import Cluster
     from scarcenet.experiments.study import STUDY_METHODS, study_report
@@ -130,15 +137,18 @@ def study(
 def suggest_study(
     config: Preset, out: Path, count: int = 25, seeds: tuple[int, ...] = (0, 1, 2), resume: Switch = False
 ) -> None:
-    """Train with few labels, then with more: of suggested images, of images drawn by lot, of lowest confidence.
+    """Compare the strategies of suggest: train with few labels, then with more labels that each strategy chose.
 
-    Prints mean ± deviation over the seeds, on the test split.
+    Prints mean ± standard deviation over the seeds, on the test split.
+
+    For example:
+    $ scarcenet suggest-study demo --out runs/suggest --count 25
 
     Args:
-        out: folder for rows.csv and the runs; must be new, or empty
-        count: images that are labelled after the first run
-        seeds: each draws its own first labels; replaces --seed
-        resume: keep the rows that are there already, and go on
+        out: folder for rows.csv and the runs; must be new or empty
+        count: images to label after the first run
+        seeds: each seed chooses its own first labels; replaces --seed
+        resume: keep the finished rows and go on
     """
     from scarcenet.evaluate import format_table
     from scarcenet.experiments.suggest import arm_table, run_arms
@@ -164,19 +174,23 @@ def bench(
     video: Path | None = None,
     json: Path | None = None,
 ) -> None:
-    """Measure how many images a second this machine trains on, and what share of the time is the network's own.
+    """Benchmark this machine: images per second in training or video prediction, and the network's share of the time.
+
+    For example:
+    $ scarcenet bench --network mbhrnet_w32 --size 256 --batch 32
+    $ scarcenet bench --video clip.mp4
 
     Args:
-        network: mbhrnet_w32, hrnet_w32, hrnet_tiny, or timm:NAME
+        network: mbhrnet_w32, hrnet_w32, hrnet_w48, hrnet_tiny, or timm:NAME
         size: side of a view, px
-        batch: instances of a step
-        views: views of a pseudo-label, each with its mirror image
-        precision: float32, bf16, fp16, or bf16-eval: bf16 only where nothing is learnt; auto: bf16 on a GPU that has it
-        compile: torch.compile's mode: default, reduce-overhead, max-autotune; empty: not compiled
-        device: cpu, cuda, cuda:1, mps; auto takes cuda if it is there, else cpu
-        seconds: to measure for, about; making images and the first rounds come on top
-        video: measure the poses of this video instead: decode, network, draw, encode, and all of them together
-        json: new file for all numbers
+        batch: instances per step
+        views: views per pseudo-label; each is used a second time, flipped
+        precision: float32, bf16, fp16, or bf16-eval: bf16 only for inference; auto: bf16 on a GPU that has it
+        compile: mode of torch.compile: default, reduce-overhead or max-autotune; default: not compiled
+        device: cpu, cuda, cuda:1 or mps; auto: cuda if there is one, else cpu
+        seconds: time to measure for, about, s; making images and the warm-up come on top
+        video: measure prediction on this video instead: decoding, network, drawing, encoding, and all together
+        json: new file (.json) for all numbers
     """
     from scarcenet.evaluate import format_table
     from scarcenet.experiments.benchmark import benchmark, benchmark_prediction

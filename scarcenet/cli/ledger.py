@@ -22,15 +22,18 @@ def explain(
     figure: Path | None = None,
     data: Path | None = None,
 ) -> None:
-    """Why a pseudo-label was kept, replaced or dropped in an epoch, with its numbers, and its decisions in all epochs.
+    """Explain why a pseudo-label was kept, replaced or dropped in an epoch, and list its decisions in all epochs.
+
+    For example:
+    $ scarcenet explain runs/demo --instance 3 --keypoint neck --figure neck.png
 
     Args:
         run: folder of a run that has reached stage 3
-        instance: row of the animal in the training set, from 0, as in the ledger
-        keypoint: its name or number
-        epoch: of stage 3, from 1; without it, the last one on record
-        figure: new file (.png) for the animal with every answer about the keypoint
-        data: where the set of the training is now, if it has moved; the figure needs it
+        instance: number of the animal in the train split, from 0, as in the report and the ledger
+        keypoint: name or number (from 0) of the keypoint
+        epoch: epoch of stage 3, from 1; default: the last one recorded
+        figure: new file (.png): the animal with every prediction of the keypoint
+        data: folder of the run's data set, if it has moved; only the figure needs it
     """
     from scarcenet.ledger.ledger import draw_explained, find_keypoint, open_ledger, read_frame
 
@@ -54,15 +57,18 @@ def explain(
 
 # %% ../../nbs/cli/ledger.ipynb #accepted
 def accepted(run: tyro.conf.Positional[Path], out: Path, epoch: int | None = None, data: Path | None = None) -> None:
-    """Write the labels that an epoch of stage 3 used, persons' and accepted ones, for a labelling tool.
+    """Write the labels that an epoch of stage 3 trained on, human and accepted ones, as COCO keypoints to correct.
 
-    They are a COCO keypoint file; `--labels` of a training reads it back when it has been corrected.
+    Correct the file in a labelling tool; train --labels FILE reads it back.
+
+    For example:
+    $ scarcenet accepted runs/mine --out accepted.json
 
     Args:
         run: folder of a run that has reached stage 3
         out: new file (.json)
-        epoch: of stage 3, from 1; without it, the last one on record
-        data: where the set of the training is now, if it has moved
+        epoch: epoch of stage 3, from 1; default: the last one recorded
+        data: folder of the run's data set, if it has moved
     """
     from scarcenet.ledger.ledger import accepted_labels, open_ledger
     from scarcenet.predict.predictor import find_poses
@@ -88,20 +94,24 @@ def suggest(
     data: Path | None = None,
     device: str = "auto",
 ) -> None:
-    """Which unlabelled images to label next, with today's predictions for correction, and a reason for each.
+    """Suggest which unlabelled images to label next, with predictions to correct and a reason for each.
+
+    For example:
+    $ scarcenet suggest runs/mine --count 20 --out suggested
 
     Args:
         run: folder of a finished run
         out: new folder: the images and their predictions, suggested.csv, and suggested.png to look at
-        count: images
-        strategy: appearance (typical ones that differ), views (two answers lay far apart, labels were never reliable,
-            as the ledger knows), confidence (the network's is low), random
-        format: of the predictions: COCO keypoints, tasks of Label Studio, SLEAP's .slp, DeepLabCut's labeled-data
-        scorer: who corrects, in a DeepLabCut project; without it, the scorer of the project that the set came from
-        among: views and confidence are spread by appearance among so many times as many images; 1 for not at all
-        seed: of the spreading, and of random
-        data: where the set of the training is now, if it has moved
-        device: cpu, cuda, cuda:1, mps; auto takes cuda if it is there, else cpu
+        count: number of images
+        strategy: appearance: typical images that differ from each other; views: the predictions of two views disagree,
+            or the pseudo-labels were never reliable; confidence: low confidence; random
+        format: format of the predictions: COCO keypoints, Label Studio tasks, SLEAP .slp, or DeepLabCut labeled-data
+        scorer: scorer of the DeepLabCut files; default: the scorer of the project that the set was imported from
+        among: strategies views and confidence take their COUNT x AMONG first images, and choose COUNT of these that
+            differ in appearance; 1: the COUNT first ones
+        seed: seed of the clustering and of strategy random
+        data: folder of the run's data set, if it has moved
+        device: cpu, cuda, cuda:1 or mps; auto: cuda if there is one, else cpu
     """
     from scarcenet.cli.experiments import show_progress
     from scarcenet.config import read_config
@@ -117,7 +127,7 @@ def suggest(
     if found.note:
         print(found.note)
     print(f"{len(found.table)} images, {len(found.poses)} animals: {file}; to look at: {out / 'suggested.png'}")
-    print(f"corrected, they come back with --labels {read_config(run).labels},{file}")
+    print(f"correct the predictions, then train with --labels {read_config(run).labels},{file}")
 
 # %% ../../nbs/cli/ledger.ipynb #report
 def report(
@@ -127,14 +137,19 @@ def report(
     suggested: Path | None = None,
     data: Path | None = None,
 ) -> None:
-    """Write one HTML file about a run of stage 3: explorer, audit, curves, worst cases. It needs no server or network.
+    """Write one HTML page about a run of stage 3: explorer, audit, curves, worst cases.
+
+    The page needs no server and no internet.
+
+    For example:
+    $ scarcenet report runs/mine --out report.html
 
     Args:
         run: folder of a run that has reached stage 3
         out: new file (.html)
-        animals: how many are in it with their images, those with most wrong targets first
-        suggested: folder that `scarcenet suggest` has written: its images are in it, and can be filtered
-        data: where the set of the training is now, if it has moved
+        animals: number of animals shown with their image; those with most wrong targets come first
+        suggested: folder that scarcenet suggest has written: the page shows its images, too, with a filter for them
+        data: folder of the run's data set, if it has moved
     """
     from scarcenet.ledger.explorer import report_page
     from scarcenet.utils.files import atomic

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from inspect import Parameter, cleandoc, signature
+from inspect import Parameter, Signature, cleandoc, signature
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import tyro
 
@@ -28,15 +28,18 @@ from ..utils.subprocess import Terminated, tidy_on_sigterm
 
 # %% ../../nbs/cli/main.ipynb #demo
 def demo(labels: int = 1, seed: int = 0, out: Path = Path("runs/demo"), resume: Switch = False) -> None:
-    """Train ScarceNet on the embedded animals, and beside it a supervised baseline with as many steps.
+    """Train ScarceNet on the built-in drawn animals, and a supervised baseline for as many steps.
 
-    Takes minutes on two CPU cores. The two share the cores as they need them, so the last digits may differ next time.
+    Takes minutes on two CPU cores. The two trainings share the cores, so the last digits differ from run to run.
+
+    For example:
+    $ scarcenet demo --out runs/demo
 
     Args:
-        labels: labelled images of each species; the fewer, the more often each is shown
-        seed: of the labelled draw, the first weights and everything random after that
-        out: folder of the run; must be new, or empty
-        resume: go on with a run that was interrupted
+        labels: labelled images of each species; the fewer there are, the more often each is shown
+        seed: seed of the choice of labelled images, of the initial weights and of everything random after that
+        out: folder of the run; must be new or empty
+        resume: go on with an interrupted run; give the same flags again
     """
     from scarcenet.evaluate import SCORE_COLUMNS, format_table
     from scarcenet.experiments.baseline import demo_config, run_demo
@@ -63,12 +66,19 @@ def tell(summary: dict, folder: Path) -> None:
 
 # %% ../../nbs/cli/main.ipynb #train
 def train(config: Preset, out: Path, resume: Switch = False, tensorboard: Switch = False) -> None:
-    """Train all stages; --epochs 0 stops after stage 1, --supervised-epochs 0 --weights FILE begins after it.
+    """Train a network in three stages: supervised, pseudo-labels, ScarceNet.
+
+    Every setting of the preset is a flag: scarcenet train PRESET --help lists them. --epochs 0 stops after stage 1.
+    --supervised-epochs 0 --weights FILE skips stage 1.
+
+    For example:
+    $ scarcenet train mine --data my_set --out runs/mine
+    $ scarcenet train ap10k-5 --data ap10k --backbone hrnet_w32.pth --out runs/ap10k --resume
 
     Args:
-        out: folder of the run; must be new, or empty
-        resume: go on with a run that was interrupted, with the same flags
-        tensorboard: write events for TensorBoard into the folder, too; it has to be installed
+        out: folder of the run; must be new or empty
+        resume: go on with an interrupted run; give the same flags again
+        tensorboard: also write TensorBoard events into the folder; needs the package tensorboard
     """
     from scarcenet.evaluate import RUN_COLUMNS, format_table
     from scarcenet.run.train_run import score_rows, train_run
@@ -97,17 +107,19 @@ def evaluate(
     device: str = "auto",
     json: Path | None = None,
 ) -> None:
-    """AP, AR and PCK of every network of a run, and of the last one by category, family and keypoint.
+    """Evaluate the networks of a run: AP, AR and PCK; of the best one also by category, family and keypoint.
+
+    For example:
+    $ scarcenet eval runs/mine --split val --json scores.json
 
     Args:
         run: folder of a finished run, or a weights file
-        config: of a weights file that does not describe itself: a preset, or a config.json
-        data: another set with the same keypoints: its folder, or one annotation file; without it, the set of the
-            training
-        images: folder of the images, if it is neither beside the annotation file nor one folder up
-        split: split to evaluate; empty: test, or val where a run has no test split
-        device: cpu, cuda, cuda:1, mps; auto takes cuda if it is there, else cpu
-        json: new file for all numbers
+        config: only for a weights file without metadata, such as the official code's: a preset, or a config.json
+        data: another set with the same keypoints: its folder, or one annotation file; default: the run's data set
+        images: folder of the images; default: beside the annotation file, or one folder up
+        split: split to evaluate; default: test, or val if the run has no test split
+        device: cpu, cuda, cuda:1 or mps; auto: cuda if there is one, else cpu
+        json: new file (.json) for all numbers
     """
     from scarcenet.data.loader import load_crops
     from scarcenet.evaluate import format_table
@@ -161,20 +173,23 @@ def pseudo(
     drop: float | None = None,
     device: str = "auto",
 ) -> None:
-    """Label the animals of a set with a network, as in stage 2, and write COCO keypoints with their scores.
+    """Predict pseudo-labels for a data set, as in stage 2, and write them with their scores as COCO keypoints.
+
+    For example:
+    $ scarcenet pseudo runs/mine --data new_set --boxes pose --out pseudo.json
 
     Args:
-        run: folder of a finished run, whose last network is taken, or a weights file
+        run: folder of a finished run, whose best network is used, or a weights file
         out: new file (.json); flag 2 for a keypoint above the confidence cut, 1 below
-        config: of a weights file that does not describe itself: a preset, or a config.json
-        data: a set with boxes or keypoints, or with images alone: its folder, or one annotation file; without it, the
-            set of the training
-        images: folder of the images, if it is neither beside the annotation file nor one folder up
-        split: split to label, if `data` is a folder
-        boxes: where the box of an image without annotation comes from: image, pose, detector, or a COCO file, as in
-            train; set: such images are left out; without it, as in the training
-        drop: share of the keypoints below the cut; without it, the configuration's
-        device: cpu, cuda, cuda:1, mps; auto takes cuda if it is there, else cpu
+        config: only for a weights file without metadata, such as the official code's: a preset, or a config.json
+        data: a set with boxes, with keypoints, or with images alone: its folder, or one annotation file; default: the
+            run's data set
+        images: folder of the images; default: beside the annotation file, or one folder up
+        split: split to label; ignored if --data is a file
+        boxes: source of the box of an image without annotation: image, pose, detector, or a COCO file, as in train;
+            set: such images are left out; default: as in the training
+        drop: share of the keypoints below the confidence cut, 0 to 1; default: the run's
+        device: cpu, cuda, cuda:1 or mps; auto: cuda if there is one, else cpu
     """
     from scarcenet.data.boxes import BOX_CHOICES
     from scarcenet.data.check import describe_unused
@@ -201,7 +216,7 @@ def pseudo(
         poses = with_boxes(poses, given, predictor.model, settings, schema=predictor.schema, progress=show_progress())
         poses = with_unannotated(poses)
     if not len(poses):
-        raise ValueError(f"{poses.file}: no animal in it has a box; say where they are: --boxes image | pose | FILE")
+        raise ValueError(f"{poses.file}: no animal has a box; give their source: --boxes image, pose, detector or FILE")
     if is_main_process() and (line := describe_unused(poses, "" if boxes is None and given == "set" else given)):
         warnings.warn(f"{poses.file}: {line}", stacklevel=2)
     crops = load_crops(
@@ -220,48 +235,60 @@ def pseudo(
 # %% ../../nbs/cli/main.ipynb #main
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
-    "zoo": zoo,
-    "check": check,
     "import": import_,
+    "check": check,
     "train": train,
     "eval": evaluate,
-    "pseudo": pseudo,
     "predict": predict,
     "export": export,
+    "suggest": suggest,
+    "report": report,
+    "explain": explain,
+    "accepted": accepted,
+    "pseudo": pseudo,
+    "zoo": zoo,
     "ablate": ablate,
     "study": study,
-    "bench": bench,
-    "explain": explain,
-    "report": report,
-    "accepted": accepted,
-    "suggest": suggest,
     "suggest-study": suggest_study,
+    "bench": bench,
 }
 
 
 class Call(NamedTuple):
-    """A command that is read and not yet run, and the file that gets what it prints."""
+    """A parsed command line: the call to make, and the log file."""
 
     run: Callable[[], None]
     log: Path | None
 
 
-def deferred(command: Callable[..., None]) -> Callable[..., Call]:
-    """A function with the flags of `command`, and --log, that returns the call that is left to make."""
+def deferred(command: Callable[..., None], brief: bool = False) -> Callable[..., Call]:
+    """A function with the flags of `command` and --log that returns the call instead of making it.
+
+    `brief`: its help is the first sentence alone, as the list of all commands shows it.
+    """
 
     def read(log: Path | None = None, **flags: object) -> Call:
         return Call(partial(command, **flags), log)
 
-    own, flag = signature(command), Parameter("log", Parameter.KEYWORD_ONLY, default=None, annotation=Path | None)
-    read.__signature__ = own.replace(parameters=[*own.parameters.values(), flag])  # type: ignore[attr-defined]
-    read.__annotations__ = {**command.__annotations__, "log": Path | None}
+    log = Parameter("log", Parameter.KEYWORD_ONLY, default=None, annotation=Path | None)
+    flags = [_without_empty_default(flag) for flag in (*signature(command).parameters.values(), log)]
+    read.__signature__ = Signature(flags)  # type: ignore[attr-defined]
+    read.__annotations__ = {flag.name: flag.annotation for flag in flags}
     read.__name__ = command.__name__
-    read.__doc__ = f"{cleandoc(command.__doc__ or '')}\n    log: file to whose end all that is printed goes, too"
+    doc = f"{cleandoc(command.__doc__ or '')}\n    log: also append everything that is printed to this file"
+    read.__doc__ = doc.split("\n")[0] if brief else doc.replace("\n" + 8 * " ", " ")  # a flag's text in one line
     return read
 
 
+def _without_empty_default(flag: Parameter) -> Parameter:
+    """The flag; its help does not show a default that says nothing (None, "" or ())."""
+    if flag.default is Parameter.empty or flag.default not in (None, "", ()):
+        return flag
+    return flag.replace(annotation=Annotated[flag.annotation, tyro.conf.arg(help_behavior_hint="")])
+
+
 def explained(error: RuntimeError) -> str:
-    """One line on an error that is the machine's, such as a GPU whose memory is full; "" for a mistake in a program."""
+    """One line on an error of the machine, such as a GPU out of memory; "" for a bug in the program."""
     if "torch" not in sys.modules:
         return ""
     from scarcenet.utils.device import explain_torch
@@ -275,11 +302,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def show_warning(message: Warning | str, *_: object, **__: object) -> None:
         print(f"scarcenet: {message}", file=sys.stderr)
 
+    asked = {*(sys.argv[1:] if argv is None else argv)}
     with tidy_on_sigterm(), warnings.catch_warnings(), ExitStack() as stack:
         warnings.showwarning = show_warning
         try:
             call = tyro.extras.subcommand_cli_from_dict(
-                {name: deferred(c) for name, c in COMMANDS.items()},
+                {name: deferred(c, brief=name not in asked) for name, c in COMMANDS.items()},
                 prog="scarcenet",
                 args=argv,
                 description="Animal pose estimation from a few labelled images.",

@@ -19,8 +19,8 @@ def predict(
     run: tyro.conf.Positional[Path],
     sources: tyro.conf.Positional[tuple[str, ...]],
     out: Path | None = None,
-    format: Literal["", "csv", "h5", "json", "results.json", "slp", "nwb", "parquet"] = "",
     draw: Path | None = None,
+    format: Literal["", "csv", "h5", "json", "results.json", "slp", "nwb", "parquet"] = "",
     boxes: str = "",
     network: str = "",
     config: str = "",
@@ -31,32 +31,39 @@ def predict(
     device: str = "auto",
     resume: Switch = False,
 ) -> None:
-    """Find the poses in images and videos; write them for other tools, draw them, or both.
+    """Predict poses in images and videos; write them for other tools, draw them, or both.
+
+    Frames of a video follow each other; images do not. The frames of a video that lie in a folder as images are images.
+    In Python, a list of arrays is images, and one array (T, H, W, 3) is a video.
+
+    For example:
+    $ scarcenet predict runs/mine clip.mp4 --out clip.csv --draw clip_poses.mp4
+    $ scarcenet predict runs/mine 'videos/*.mp4' photos --out poses --format slp
 
     Args:
         run: folder of a finished run, or a weights file
-        sources: images, folders of them, patterns, videos
-        out: new file: .csv or .h5 (DeepLabCut), .json (COCO; results.json), .slp (SLEAP), .nwb, .parquet; or a folder
-            (a name without an ending) for a file of each video, and one of all images
-        format: of the files in that folder; without it, csv
-        draw: new .mp4 of a video, or folder of drawn images and videos
-        boxes: image (the whole), pose (where the last pose was), detector, or a COCO file; without it, image if
-            the network was trained with it, else pose
-        network: supervised, student or teacher; without it, the run's best
-        config: of a weights file that does not describe itself: a preset, or a config.json
-        data: of such a file, a set with its keypoints: its folder, or one annotation file
-        detector: torchvision's, with --boxes detector; without it, the run's
-        detector_classes: COCO classes that it looks for; without them, the run's, or ten animals
-        exif: images as they are stored, or upright; without it, as in the training
-        device: cpu, cuda, cuda:1, mps; auto takes cuda if it is there, else cpu
-        resume: go on with what was interrupted, with the same flags
+        sources: images, videos, folders of them, or quoted patterns ('*.mp4')
+        out: new file: .csv or .h5 (DeepLabCut), .json (COCO), results.json (COCO results), .slp (SLEAP), .nwb or
+            .parquet; or a folder (a name without an ending) for one file per video and one for all images
+        draw: new .mp4 for one video, or a folder for drawn images and videos
+        format: format of the files in the folder --out; default: csv
+        boxes: where the animals are: image (in the whole image), pose (near the last pose; the whole image where there
+            is none), detector, or a COCO file with boxes; default: image if trained so, else pose
+        network: supervised, student or teacher; default: the run's best
+        config: only for a weights file without metadata, such as the official code's: a preset, or a config.json
+        data: only for a weights file without metadata: a set with its keypoints, as a folder or an annotation file
+        detector: name of the torchvision detector for --boxes detector; default: the run's
+        detector_classes: COCO classes that the detector looks for; default: the run's, or COCO's ten animals
+        exif: take the pixels of images as stored, or upright as viewers show them; default: as in the training
+        device: cpu, cuda, cuda:1 or mps; auto: cuda if there is one, else cpu
+        resume: go on with an interrupted prediction; give the same flags again
     """
     import time
 
     from scarcenet.predict.predictor import Predictor, find_config, find_poses
 
     if not (out or draw):
-        raise ValueError("nothing would be written: name a file for the poses (--out), a drawing (--draw), or both")
+        raise ValueError("predict: expected --out FILE for the poses, --draw FILE for a drawing, or both; got neither")
     settings = find_config(run, config)
     asked: dict[str, Any] = {"detector": detector, "detector_classes": detector_classes, "exif": exif}
     settings = replace(settings, **{name: value for name, value in asked.items() if value})
@@ -68,7 +75,7 @@ def predict(
         found.save(out, format=format, draw=draw, resume=resume, progress=show_progress())
     elif draw:
         if resume:
-            raise ValueError(f"{draw}: a drawing alone begins anew: remove it, and go without --resume")
+            raise ValueError(f"{draw}: --resume needs --out; a drawing alone starts over: remove it, omit --resume")
         found.draw(draw, progress=show_progress())
     seconds = time.perf_counter() - start
     what = f"{found.table.items} frames, {len(predictor.names)} keypoints, boxes: {found.boxes}"
@@ -84,16 +91,21 @@ def export(
     flip_test: bool = True,
     opset: int = 18,
 ) -> None:
-    """Write a network as one ONNX file: uint8 RGB views in, keypoints (view px) and scores out, all else inside.
+    """Export a network as one ONNX file: uint8 RGB crops in, keypoints (crop px) and scores out.
+
+    Normalisation, flip test and decoding are inside.
+
+    For example:
+    $ scarcenet export runs/mine --out mine.onnx
 
     Args:
         run: folder of a finished run, or a weights file
         out: new file (.onnx)
-        network: supervised, student or teacher; without it, the run's best
-        config: of a weights file that does not describe itself: a preset, or a config.json
-        data: of such a file, a set with its keypoints: its folder, or one annotation file
-        flip_test: see each view flipped, too; never for a network that was trained without mirrored views
-        opset: version of ONNX's operations, 18 or more
+        network: supervised, student or teacher; default: the run's best
+        config: only for a weights file without metadata, such as the official code's: a preset, or a config.json
+        data: only for a weights file without metadata: a set with its keypoints, as a folder or an annotation file
+        flip_test: average with the prediction for the mirrored crop; always off for a network trained with --no-mirror
+        opset: ONNX operator set version, 18 or more
     """
     from scarcenet.predict.export import export_run
 

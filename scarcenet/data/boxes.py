@@ -115,9 +115,7 @@ def read_boxes(file: Path | str, poses: PoseSet) -> dict[int, list[Box]]:
     """
     if not Path(file).exists():
         known = ", ".join(BOX_CHOICES[1:])
-        raise FileNotFoundError(
-            f"boxes {str(file)!r}: expected {known}, or a COCO file with boxes; no such file is there"
-        )
+        raise FileNotFoundError(f"boxes {str(file)!r}: expected {known}, or a COCO file with boxes, got no such file")
     data = read_json(file)
     if isinstance(data, dict):
         places = _places([i for i in data.get("images") or [] if isinstance(i, dict)], poses)
@@ -141,9 +139,9 @@ def read_boxes(file: Path | str, poses: PoseSet) -> dict[int, list[Box]]:
             boxes.setdefault(image_id, []).append(box)
     if not boxes:
         reason = f"{foreign} are of other images" if foreign else f"expected bbox, and a score of {BOX_SCORE} or more"
-        raise ValueError(f"{file}: none of its {len(entries)} entries is a box in an image of {poses.file} ({reason})")
+        raise ValueError(f"{file}: no box of its {len(entries)} entries is in an image of {poses.file} ({reason})")
     if foreign:
-        warnings.warn(f"{file}: {foreign} boxes of images that are not in {poses.file} are skipped", stacklevel=2)
+        warnings.warn(f"{file}: {foreign} boxes skipped: their images are not in {poses.file}", stacklevel=2)
     return boxes
 
 # %% ../../nbs/data/boxes.ipynb #place

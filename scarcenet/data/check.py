@@ -69,8 +69,8 @@ class Report:
         return content | {"file": str(self.file), "faults": [f._asdict() for f in self.findings] + odd}
 
 
-NO_PAIRS = "none; a flipped view exchanges no keypoints"
-UNUSED = "not used; --boxes image | pose | detector uses them"
+NO_PAIRS = "none; mirrored views swap no keypoints"
+UNUSED = "not used; use them with --boxes image, pose or detector"
 
 
 def check_poses(poses: PoseSet) -> Report:
@@ -89,7 +89,7 @@ def check_poses(poses: PoseSet) -> Report:
     odd = {
         "boxes partly outside the image": ids[beyond & ~wholly].tolist(),
         "boxes wholly outside the image": ids[wholly].tolist(),
-        "boxes that are not around their keypoints": ids[: len(poses)][_elsewhere(poses)].tolist(),
+        "boxes without most of their keypoints": ids[: len(poses)][_elsewhere(poses)].tolist(),
         "keypoints outside the image": ids[np.nonzero(stray)[0]].tolist(),
         "missing images": [str(file) for file in files if not file.is_file()],
     }
@@ -130,9 +130,9 @@ def describe_turned(instances: Sequence[Instance]) -> str:
     if not (turned := exif_turned(instances)):
         return ""
     frame = "upright" if instances[0].upright else "stored"
-    meant = f"keypoints taken as those of the {frame} image; --exif stored | upright says which"
+    meant = f"keypoints are read in the frame of the {frame} image; choose with --exif stored or upright"
     first = ", ".join(f"{file.name} ({turn})" for file, turn in list(turned.items())[:3])
-    return f"images with an EXIF turn that their size does not settle: {len(turned)}, {meant}; first {first}"
+    return f"images whose EXIF orientation the stated size does not settle: {len(turned)}, {meant}; first {first}"
 
 
 def same_images(sets: Mapping[str, Iterable[Path]]) -> list[tuple[Path, Path]]:
@@ -162,7 +162,7 @@ def describe_same(pairs: Sequence[tuple[Path, Path]]) -> str:
     if not pairs:
         return ""
     first = ", ".join(a.name if a.name == b.name else f"{a.name} = {b.name}" for a, b in pairs[:3])
-    return f"the same image in two splits, so that scores flatter: {len(pairs)}, first {first}"
+    return f"images in two splits, which makes scores too high: {len(pairs)}, first {first}"
 
 
 def describe_unused(poses: PoseSet, boxes: str) -> str:
@@ -187,11 +187,11 @@ def warn_findings(poses: PoseSet, *, boxes: str = "", mirror: bool = True) -> No
     if poses.findings:
         lines.append(f"odd entries: {describe(poses.findings)}; {look}")
     if mirror and (unpaired := unpaired_sides(names, pairs)):
-        given = "correct the names, or give the pairs with --flip-pairs"
-        lines.append(f"{', '.join(unpaired)} look like one side each and have no partner; {given}")
+        given = "correct the names, or give pairs with --flip-pairs"
+        lines.append(f"keypoints that name a side but have no partner: {', '.join(unpaired)}; {given}")
     if mirror and not pairs:
-        given = "give pairs with --flip-pairs or switch mirroring off with --no-mirror"
-        lines.append(f"no left-right pair is known, so mirrored views exchange no keypoints; {given}")
+        given = "give pairs with --flip-pairs, or switch mirroring off with --no-mirror"
+        lines.append(f"no left-right pairs, so mirrored views swap no keypoints; {given}")
     if line := describe_unused(poses, boxes):
         lines.append(line)
     if line := describe_turned(poses.instances + poses.unannotated + poses.empty):
@@ -199,6 +199,6 @@ def warn_findings(poses: PoseSet, *, boxes: str = "", mirror: bool = True) -> No
     elsewhere = [poses.instances[n].id for n in np.flatnonzero(_elsewhere(poses))] if len(poses) else []
     if elsewhere:
         first = ", ".join(map(str, elsewhere[:3]))
-        lines.append(f"boxes that are not around their keypoints: {len(elsewhere)}, first {first}; {look}")
+        lines.append(f"boxes without most of their keypoints: {len(elsewhere)}, first {first}; {look}")
     for line in lines:
         warnings.warn(f"{poses.file}: {line}", stacklevel=3)

@@ -141,7 +141,7 @@ def read_place(file: Path | str, image: dict, folder: Path) -> tuple[Path, int, 
     path = PureWindowsPath(name)  # splits at both kinds of slash
     if not path.name or path.drive or path.root or ".." in path.parts or "\0" in name:
         shown = image.get("file_name")
-        raise ValueError(f"{where} file_name {shown!r} is not a file inside the images' folder")
+        raise ValueError(f"{where} file_name: expected a file in the images' folder, got {shown!r}")
     return folder / name, int(width), int(height)
 
 
@@ -158,11 +158,11 @@ def read_instance(
     where = f"{file}: annotation {entry['id']}:"
     for key, known in (("image_id", images), ("category_id", categories)):
         if type(entry.get(key)) is not int or entry[key] not in known:
-            raise ValueError(f"{where} {key} {entry.get(key)!r} is not in the file")
+            raise ValueError(f"{where} {key} {entry.get(key)!r} does not occur in the file")
     image, category = images[entry["image_id"]], categories[entry["category_id"]]
     x, y, w, h = numbers(f"{where} bbox", entry.get("bbox"), 4).tolist()
     if min(w, h) <= 0:
-        raise ValueError(f"{where} bbox has no area: width {w:g}, height {h:g}")
+        raise ValueError(f"{where} bbox: expected width and height above 0, got {w:g} and {h:g}")
     places = {} if places is None else places
     if image["id"] not in places:
         places[image["id"]] = read_place(file, image, folder)
@@ -195,7 +195,7 @@ def read_keypoints(file: Path | str, entries: Sequence[dict], k: int) -> np.ndar
     for entry, values in zip(entries, lists, strict=True):  # which one is it?
         where = f"{file}: annotation {entry['id']}: keypoints"
         if not np.isin(numbers(where, values, 3 * k)[2::3], (0, 1, 2)).all():
-            raise ValueError(f"{where}: a flag is not 0, 1 or 2")
+            raise ValueError(f"{where}: expected flags 0, 1 or 2, got others")
     raise ValueError(f"{file}: keypoints: expected lists of {3 * k} numbers")
 
 
@@ -204,7 +204,7 @@ def read_area(file: Path | str, entry: dict) -> float:
     where = f"{file}: annotation {entry['id']}: area"
     (area,) = numbers(where, [entry.get("area") or math.prod(map(float, entry["bbox"][2:]))], 1)
     if area < 0:
-        raise ValueError(f"{where} {area:g} is negative")
+        raise ValueError(f"{where}: expected 0 or more, got {area:g}")
     return float(area)
 
 
@@ -266,7 +266,7 @@ def parse_coco(
     described = schema_of(file, list(categories.values()))
     k = len(described)
     if schema is not None and len(schema) != k:
-        raise ValueError(f"{file}: {k} keypoints, but the schema has {len(schema)}")
+        raise ValueError(f"{file}: expected the {len(schema)} keypoints of the schema, got {k}")
     described = schema or described
     if flip_pairs:
         described = with_pairs(described, parse_pairs(described, flip_pairs))

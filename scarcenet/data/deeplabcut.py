@@ -92,7 +92,7 @@ def _read_csv(file: Path, tally: Findings) -> Table:
     _refuse_predictions(file, coords)
     data = [n for n, coord in enumerate(coords) if coord in ("x", "y") and n < len(head["bodyparts"])]
     if not data:
-        raise ValueError(f"{file}: its header has no columns 'x' and 'y'")
+        raise ValueError(f"{file}: expected columns 'x' and 'y' in the header, got none")
     people = head.get("individuals", [""] * len(coords))
     columns = [(people[n] if n < len(people) else "", head["bodyparts"][n], coords[n]) for n in data]
     rows, values = [], []
@@ -103,7 +103,7 @@ def _read_csv(file: Path, tally: Findings) -> Table:
             continue
         numbers = [_number(row[n], delimiter == ";") if n < len(row) else np.nan for n in data]
         for n in [n for n, number in zip(data, numbers, strict=True) if number is None]:
-            tally.add("cells that are no number", "taken as not labelled", f"{file.name}: {path}: {row[n][:20]!r}")
+            tally.add("cells that are not numbers", "taken as not labelled", f"{file.name}: {path}: {row[n][:20]!r}")
         rows.append(path)
         values.append([np.nan if number is None else number for number in numbers])
     return Table(file, columns, rows, np.array(values, np.float64).reshape(len(rows), len(columns)))
@@ -115,7 +115,7 @@ def _read_h5(file: Path) -> Table:
     _refuse_predictions(file, [column[-1] for column in stored.columns])
     data = [n for n, column in enumerate(stored.columns) if len(column) in (3, 4) and column[-1] in ("x", "y")]
     if not data or not all(isinstance(row[-1], str) for row in stored.rows):
-        raise ValueError(f"{file}: expected columns of scorer, bodypart, coordinate and rows of images; export the csv")
+        raise ValueError(f"{file}: expected a table of DeepLabCut labels, got other rows or columns; give the .csv")
     columns = [stored.columns[n] for n in data]
     return Table(
         file=file,
@@ -157,8 +157,8 @@ def bodypart_names(tables: Sequence[Table], config: dict[str, Any], tally: Findi
     for table, names in zip(tables, own, strict=True):
         if set(names) != set(own[0]):
             raise ValueError(
-                f"{table.file}: its keypoints are {', '.join(names)}, but those of {tables[0].file} are "
-                f"{', '.join(own[0])}; name the same keypoints in both, or import them as two sets"
+                f"{table.file}: expected the keypoints of {tables[0].file}, {', '.join(own[0])}; got "
+                f"{', '.join(names)}; name them alike in both, or import two sets"
             )
     return tuple(own[0])
 
@@ -168,7 +168,7 @@ def poses(table: Table, names: Sequence[str], tally: Findings) -> tuple[np.ndarr
     animals = list(dict.fromkeys(column[0] for column in table.columns))
     place = {name: k for k, name in enumerate(names)}
     if len(animals) * len(names) > 10 * len(table.columns) + 10 * MOST_KEYPOINTS:
-        raise ValueError(f"{table.file}: {len(animals)} animals, nearly all without most of the {len(names)} bodyparts")
+        raise ValueError(f"{table.file}: {len(animals)} animals, most without most of the {len(names)} bodyparts")
     xy = np.full((len(table.rows), len(animals), len(names), 2), np.nan)
     for n, (animal, name, coord) in enumerate(table.columns):
         if name in place:
@@ -225,7 +225,7 @@ def _tables_of_project(project: Path, scorer: str, tally: Findings) -> list[Path
             name = f"CollectedData_{scorer}" if f"CollectedData_{scorer}" in tables else min(tables)
             chosen.append(tables.pop(name))
         for file in tables.values():
-            tally.add("further tables of a folder, by other scorers", "left out", f"{folder.name}/{file.name}")
+            tally.add("other tables of a folder, by other scorers", "left out", f"{folder.name}/{file.name}")
     return chosen
 
 
@@ -256,7 +256,7 @@ def _collect(
             if image is None:
                 tally.add("rows whose image is not there", "skipped", place)
             elif image in images:
-                tally.add("second rows of the same image", "skipped", place)
+                tally.add("duplicate rows of an image", "skipped", place)
             else:
                 below = base if image.is_relative_to(base) else project
                 name = name_below(image, below)
@@ -304,7 +304,7 @@ def read_deeplabcut(path: Path | str, *, upright: bool | None = None, videos: Se
     elif not (files := _tables_of_project(project, str(config.get("scorer")), tally) if has_tables(project) else whole):
         raise ValueError(f"{path}: no table labeled-data/*/CollectedData_*.csv (or .h5); label some frames first")
     elif files is whole and len(whole) > 1:
-        raise ValueError(f"{path}: holds {', '.join(f.name for f in whole)}; give the one that is meant")
+        raise ValueError(f"{path}: holds {', '.join(f.name for f in whole)}; give one of them")
     tables, errors = [], []
     for file in files:
         try:

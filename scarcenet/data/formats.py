@@ -179,9 +179,9 @@ def _read_json_source(path: Path, how: Reading) -> LabelSource:
     if {"image_id", "score"} <= keys:
         raise ValueError(f"{path}: holds predictions (COCO results with scores), not labels; give the labels' file")
     if {"shapes", "imagePath"} <= keys:
-        raise _not_understood(path, "labels of LabelMe, one file an image")
+        raise _not_understood(path, "LabelMe labels (one file per image)")
     if isinstance(content, list) and {"id", "annotator", "annotation_id"} & keys:
-        raise ValueError(f"{path}: Label Studio's JSON-MIN, which does not say what is whose; export as JSON")
+        raise ValueError(f"{path}: JSON-MIN does not tell whose keypoint is whose; export as JSON")
     held = f"an object with {', '.join(sorted(map(str, keys))[:6])}" if keys else "no object with labels"
     raise _not_understood(path, f"JSON of no known tool ({held})")
 
@@ -197,7 +197,7 @@ def _read_hdf5_source(path: Path, how: Reading) -> LabelSource:
         return how.sleap(path)
     if {"tracks", "node_names"} <= names:
         raise ValueError(f"{path}: holds predictions (SLEAP's analysis file), not labels; give the project's .slp")
-    raise _not_understood(path, f"HDF5 with {', '.join(sorted(names)[:6]) or 'nothing in it'}")
+    raise _not_understood(path, f"HDF5 with {', '.join(sorted(names)[:6]) or 'no content'}")
 
 
 def _read_file(path: Path, how: Reading) -> LabelSource:
@@ -228,7 +228,7 @@ def _read_file(path: Path, how: Reading) -> LabelSource:
     if end == ".txt" and (
         settings := next((s for p in path.absolute().parents[:4] if (s := p / "data.yaml").is_file()), None)
     ):
-        raise ValueError(f"{path}: the labels of one image; give the folder of its data.yaml, {settings.parent}")
+        raise ValueError(f"{path}: labels of a single image; give the folder with data.yaml, {settings.parent}")
     raise _not_understood(path, f"a file of an unknown kind ({end or 'no ending'})")
 
 
@@ -269,18 +269,18 @@ def _read_folder(path: Path, how: Reading) -> LabelSource:
     if len(labels) == 1 or table in labels:
         return _read_file(table if table in labels else labels[0], how)
     if labels:
-        raise ValueError(f"{path}: holds {', '.join(f.name for f in labels[:6])}; give the one that is meant")
+        raise ValueError(f"{path}: holds {', '.join(f.name for f in labels[:6])}; give one of them")
     config = path / "config.yaml"
     if config.is_file() and is_deeplabcut_config(read_yaml(config)):
         return how.deeplabcut(path)  # which says what is missing
     if whole := whole_project(path):
-        raise ValueError(f"{path}: a part of {whole}: give that folder")
+        raise ValueError(f"{path}: a part of {whole}; give that folder")
     if any(path.glob("labels/**/*.txt")) or any(path.glob("*/labels/*.txt")):
         settings = next((name for name in ("data.yaml", "dataset.yaml") if (path / name).is_file()), "")
         lack = f"whose {settings} does not state kpt_shape (boxes, not poses?)" if settings else "without data.yaml"
         raise ValueError(
-            f"{path}: a YOLO set {lack}; to read its labels, a data.yaml has to be there with kpt_shape: [KEYPOINTS, 2 "
-            "or 3], names: [CLASS, ...] and train: images/train, or wherever the images are"
+            f"{path}: a YOLO set {lack}; add a data.yaml with kpt_shape: [KEYPOINTS, 2 or 3], names: [CLASS, ...] and "
+            "train: images/train (the folder of the images)"
         )
     ends = Counter(file.suffix.lower() or "no ending" for file in files)
     if foreign := "" if ends.keys() - IMAGES - VIDEOS else foreign_source(path):

@@ -46,9 +46,9 @@ def _check_inside(file: Path, group: Any) -> None:
                 elif isinstance(item, h5py.Dataset):
                     inside = not item.external and not item.is_virtual
                     if item.nbytes > LARGE and item.nbytes > 1000 * item.id.get_storage_size():
-                        raise ValueError(f"{file}: {here.name.rstrip('/')}/{name} claims {item.nbytes} bytes: damaged")
+                        raise ValueError(f"{file}: {here.name.rstrip('/')}/{name} states {item.nbytes} bytes: damaged")
             if not inside:
-                raise ValueError(f"{file}: {here.name.rstrip('/')}/{name} is stored in another file; it is not read")
+                raise ValueError(f"{file}: {here.name.rstrip('/')}/{name} links to another file; not read")
 
 
 @contextmanager
@@ -124,8 +124,8 @@ def plain_pickle(data: bytes) -> object:
             elif name not in ("PROTO", "FRAME"):
                 raise ValueError(f"holds the instruction {name}")
     except (ValueError, IndexError, KeyError, AttributeError, StopIteration, UnicodeDecodeError) as e:
-        raise ValueError(f"a pickle that is more than names and numbers ({one_line(e)})") from None
-    raise ValueError("a pickle without an end")
+        raise ValueError(f"expected a pickle of names and numbers alone ({one_line(e)})") from None
+    raise ValueError("a pickle that is cut short")
 
 # %% ../../nbs/data/hdf5.ipynb #table
 class StoredTable(NamedTuple):
@@ -140,7 +140,7 @@ def _texts(data: Any, encoding: str) -> list:
     """A column of texts or numbers as a list."""
     array = np.asarray(data)
     if array.dtype.kind == "O":
-        raise ValueError("names that are only stored as a pickle")
+        raise ValueError("names stored as a pickle alone")
     if array.dtype.kind == "S":
         return [bytes(item).decode(encoding) for item in array]
     return array.tolist()
@@ -182,7 +182,7 @@ def _read_records(group: Any, encoding: str) -> StoredTable:
         items = plain_pickle(bytes(table.attrs[f"{name}_kind"]))
         data = np.asarray(table[name], np.float64).reshape(len(rows), -1)
         if not isinstance(items, list) or len(items) != data.shape[1]:
-            raise ValueError(f"{name} has other columns than it names")
+            raise ValueError(f"{name}: number of columns and of their names differ")
         columns += [item if isinstance(item, tuple) else (item,) for item in items]
         blocks.append(data)
     return StoredTable(rows, columns, np.concatenate(blocks, axis=1))
@@ -197,12 +197,12 @@ def read_stored_table(file: Path) -> StoredTable:
     with open_hdf5(file) as content:
         groups = [content[name] for name in content if "pandas_type" in getattr(content[name], "attrs", {})]
         if not groups:
-            raise ValueError(f"{file}: holds no table of pandas, but {', '.join(content) or 'nothing'}")
+            raise ValueError(f"{file}: expected a table of pandas, got {', '.join(content) or 'nothing'}")
         group = groups[0]
         encoding = bytes(group.attrs.get("encoding", b"UTF-8")).decode("ascii")
         try:
             return _read_records(group, encoding) if "table" in group else _read_fixed(group, encoding)
         except Exception as e:  # damaged tables fail in many ways
             raise ValueError(
-                f"{file}: cannot be read without unpickling ({one_line(e)}); export the table as csv, and give that"
+                f"{file}: cannot be read without unpickling ({one_line(e)}); give the .csv instead"
             ) from None

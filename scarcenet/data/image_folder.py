@@ -39,7 +39,7 @@ def new_folder(out: Path | str) -> Iterator[Path]:
     """
     asked, out = out, Path(os.path.abspath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{asked}: already there; choose another name for the new set, or remove it")
+        raise ValueError(f"{asked}: already exists; choose another name for the new set, or remove it")
     remove_stale(out.parent)
     try:
         with tidy_on_sigterm(), temporary_folder(out) as part:
@@ -124,7 +124,7 @@ class ImageFolder:
         """Write (H, W, 3) uint8 pixels as PNG. None, and nothing is written, if it is to be `new` and is known."""
         key = digest(pixels)
         if new and key in self._known:
-            self.tally.add("unlabelled images that are there already", "skipped", name)
+            self.tally.add("unlabelled images that the set already has", "skipped", name)
             return None
         self._note(key, name)
         name, target = self.place(name, ".png")
@@ -167,7 +167,7 @@ class ImageFolder:
             self.tally.add(kind, done, image.name)
             return self.add(read_image(image.file, upright=image.upright), image.name, image.group, new)
         if new and found.key in self._known:
-            self.tally.add("unlabelled images that are there already", "skipped", image.name)
+            self.tally.add("unlabelled images that the set already has", "skipped", image.name)
             return None
         self._note(found.key, image.name)
         name, target = self.place(image.name)

@@ -46,12 +46,12 @@ def split_groups(groups: Sequence[str], shares: Mapping[str, float], seed: int) 
     shares = {name: share for name, share in shares.items() if share}
     if not (all(share > 0 for share in shares.values()) and sum(shares.values()) < 1):
         said = ", ".join(f"{name} {share:g}" for name, share in shares.items())
-        raise ValueError(f"expected shares from 0 that leave something to train on, got {said}")
+        raise ValueError(f"expected val and test of 0 or more, together below 1, got {said}")
     keys = np.array([group or f"\0{n}" for n, group in enumerate(groups)], dtype=object)
     if len(set(keys)) <= len(shares):
         keys = np.arange(len(groups))
     if len(keys) <= len(shares):
-        raise ValueError(f"{len(keys)} labelled images cannot be split into train, {', '.join(shares)}")
+        raise ValueError(f"expected more labelled images than splits (train, {', '.join(shares)}), got {len(keys)}")
     names, group, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(names)).tolist()
     split = np.full(len(names), "train", dtype=object)
@@ -241,9 +241,9 @@ def import_set(
     if isinstance(sources, (str, Path, LabelSource)):
         sources = [sources]
     if not sources:
-        raise ValueError("expected one or more files or projects of a labelling tool to import")
+        raise ValueError("import: expected one or more files or projects of a labelling tool, got none")
     if frames < 1:
-        raise ValueError(f"expected 1 or more frames of each video, got {frames}")
+        raise ValueError(f"frames: expected 1 or more per video, got {frames}")
     how: dict[str, Any] = dict(upright=upright, strict=strict, videos=videos)
     given = [s if isinstance(s, LabelSource) else read_labels(s, **how) for s in sources]
     source = join_sources(given)

@@ -190,7 +190,7 @@ def read_label_studio(
     file, tally = Path(path), Findings()
     tasks = read_json(file) if content is None else content
     if not isinstance(tasks, list) or not is_label_studio(tasks):
-        raise ValueError(f"{file}: not a list of Label Studio's tasks; in Label Studio choose Export, JSON")
+        raise ValueError(f"{file}: expected a list of Label Studio tasks; in Label Studio choose Export, JSON")
     search = ImageSearch(file.absolute().parent, videos, tally)
     images: list[SourceImage] = []
     regions: list[tuple[str, dict[str, list[Region]]]] = []
@@ -216,7 +216,7 @@ def read_label_studio(
         images.append(SourceImage(name=name_below(found[0], search.folder), file=found[0], upright=not is_stored))
     if not images:
         missing = "; ".join(f"{f.count} {f.kind}, first: {f.first[0]}" for f in tally.all())
-        raise ValueError(f"{file}: no image was found below {search.folder} ({missing}); put the images beside it")
+        raise ValueError(f"{file}: no image found below {search.folder} ({missing}); put the images beside the file")
     names = tuple(dict.fromkeys(point.label for _, found in regions for point in found["point"]))
     animals = [
         animal

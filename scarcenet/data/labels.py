@@ -19,7 +19,7 @@ import numpy as np
 
 from .coco import Instance, Labels, PoseSet, Truth, parse_coco, plain_name
 from .formats import read_labels
-from .label_source import UNTOUCHED, untouched
+from .label_source import UNTOUCHED, untouched, untouched_coco
 from .label_studio import is_label_studio
 from .layout import IMPORTED, end_alike
 from .values import Finding, describe, keypoint_box, overlap
@@ -33,7 +33,7 @@ def draw_labelled(poses: PoseSet, per_category: int, seed: int) -> np.ndarray:
     name and the image ids; the first are taken, so that a draw lies inside every larger one.
     """
     if per_category < 1:
-        raise ValueError(f"per_category is {per_category}: at least one image of each category must be labelled")
+        raise ValueError(f"labels: expected 1 or more images per category, got {per_category}")
     annotated: np.ndarray = np.any(poses.truth.visible, axis=1)
     images, categories = poses.column("image_id"), poses.column("category")
     drawn: list[int] = []
@@ -70,7 +70,7 @@ def read_id_list(file: Path | str, poses: PoseSet, ids: object = None) -> IdList
     """
     ids = read_json(file) if ids is None else ids
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise ValueError(f"{file}: not a JSON array of image ids")
+        raise ValueError(f"{file}: expected a JSON array of image ids, got other content")
     annotated: np.ndarray = np.any(poses.truth.visible, axis=1)
     labelled = np.isin(poses.column("image_id"), ids) & annotated
     if not labelled.any():
@@ -98,7 +98,7 @@ def reveal(poses: PoseSet, labelled: np.ndarray) -> Labels:
     """
     labelled = np.asarray(labelled)
     if labelled.shape != (len(poses),) or labelled.dtype != bool:
-        raise ValueError(f"labelled should be {len(poses)} booleans, but is {labelled.dtype} of shape {labelled.shape}")
+        raise ValueError(f"labelled: expected ({len(poses)},) bool, got {labelled.shape} {labelled.dtype}")
     weight = (labelled[:, None] & (poses.truth.visible > 0)).astype(np.float32)
     return Labels(poses.truth.xy * weight[..., None], weight, labelled.copy())
 
@@ -154,7 +154,7 @@ def corrected_animals(file: Path | str, poses: PoseSet, data: object = None) -> 
 def _check_names(file: Path, names: Sequence[str], poses: PoseSet) -> None:
     """ValueError if a file has other keypoints than a set."""
     if tuple(names) != poses.schema.names:
-        raise ValueError(f"{file}: its {len(names)} keypoints are not the {len(poses.schema)} of {poses.file}")
+        raise ValueError(f"{file}: expected the {len(poses.schema)} keypoints of {poses.file}, got {len(names)} others")
 
 
 def _of_coco(file: Path, poses: PoseSet, data: object) -> tuple[list[Corrected], tuple[Finding, ...]]:
@@ -162,8 +162,9 @@ def _of_coco(file: Path, poses: PoseSet, data: object) -> tuple[list[Corrected],
     given = parse_coco(file, data, images=poses.folder)
     _check_names(file, given.schema.names, poses)
     rows = [Corrected(*row) for row in zip(given.instances, given.truth.xy, given.truth.visible, strict=True)]
-    animals = ((row.animal.file.name, row.xy, row.visible) for row in rows)
-    return rows, given.findings + untouched(file, given.schema.names, animals)
+    names, animals = given.schema.names, [(r.animal.id, r.animal.file.name, r.xy, r.visible) for r in rows]
+    told = untouched_coco(data, names, animals) if isinstance(data, dict) else ()
+    return rows, given.findings + (told or untouched(file, names, (animal[1:] for animal in animals)))
 
 
 def _of_tool(file: Path, poses: PoseSet) -> tuple[list[Corrected], tuple[Finding, ...]]:
@@ -280,10 +281,10 @@ def labels_of(file: Path | str, poses: PoseSet, corrected: Iterable[Corrected]) 
         image = images.find(animal.file, poses.folder)
         row = _find_animal(animal, poses, rows_of[image] if image else [])
         if row is None:
-            raise ValueError(f"{where}: no such animal in {poses.file}")
+            raise ValueError(f"{where}: no animal of {poses.file} is there")
         if labels.labelled[row]:
             same = f"{poses.instances[row].id} in {poses.file}"
-            raise ValueError(f"{where}: a second annotation of the same animal, {same}")
+            raise ValueError(f"{where}: expected one annotation of animal {same}, got two")
         labels.xy[row] = xy * (visible > 0)[:, None]
         labels.weight[row] = visible > 0
         labels.labelled[row] = True

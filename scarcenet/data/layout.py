@@ -42,7 +42,7 @@ def foreign_source(path: Path | str) -> str:
     if path.is_dir():
         what = _foreign_folder(path)
         if what in ("", "images") and (whole := whole_project(path)):
-            return f"{path}: a part of {whole}: give that folder"
+            return f"{path}: a part of {whole}; give that folder"
         if what == "images":
             return f"{path}: images without labels, not a COCO keypoint set: {own_images}"
         return f"{path}: {what}, not a COCO keypoint set: {typed}" if what else ""
@@ -282,7 +282,7 @@ def image_folder(file: Path, names: Sequence[str] = (), images: Path | str | Non
     FileNotFoundError if `images` is no folder.
     """
     if images and not Path(images).is_dir():
-        raise FileNotFoundError(f"{images}: no such folder, but the images of {file} were said to be there")
+        raise FileNotFoundError(f"{images}: no such folder for the images of {file}")
     near = (base / d for base in (file.parent, file.parent.parent) for d in ("data", "images"))
     first = Path(images) if images else next((d for d in near if d.is_dir()), file.parent)
     split = re.sub("^(person_keypoints|instances)_|\\.json$", "", file.name)

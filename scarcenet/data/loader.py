@@ -120,7 +120,7 @@ def read_image(file: Path, size: tuple[int, int] | None = None, *, upright: bool
         raise ValueError(f"{file}: not an image that can be decoded ({reason})") from None
     if size and size != pixels.shape[:2]:
         found = " as stored, upright ".join(dict.fromkeys(f"{w} x {h} px" for h, w in sizes))
-        raise ValueError(f"{file}: {found}, but the set says {size[1]} x {size[0]}")
+        raise ValueError(f"{file}: expected {size[1]} x {size[0]} px as the set states, got {found}")
     return pixels
 
 
@@ -129,7 +129,7 @@ def instance_image(instance: Instance) -> np.ndarray:
     try:
         return read_image(instance.file, (instance.height, instance.width), upright=instance.upright)
     except ValueError as error:
-        raise ValueError(f"{error}; `scarcenet import SET --out NEW` makes a set without such images") from None
+        raise ValueError(f"{error}; scarcenet import SET --out NEW makes a set without such images") from None
 
 # %% ../../nbs/01_data.ipynb #broken
 def broken_images(instances: Sequence[Instance], progress: bool = False) -> dict[Path, str]:

@@ -42,7 +42,7 @@ def entries_of(data: object, part: str, file: Path | str, found: Findings) -> li
     kept = []
     for place, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            found.add(f"entries under {part} that are no objects", "skipped", f"{part}[{place}]")
+            found.add(f"entries under {part} that are not objects", "skipped", f"{part}[{place}]")
         else:
             name = entry.get("id")
             kept.append((f"{part}[{place}]" if name is None else f"{part[:-1]} {name}", entry))
@@ -70,19 +70,19 @@ def repair_images(
             found.add("images without " + ("an id" if number is None else "a file name"), "skipped", label)
             continue
         if number in meant and images[meant[number]]["file_name"] != path:
-            found.add("image ids of two files", "skipped, with their annotations", label)
+            found.add("image ids with two files", "skipped, with their annotations", label)
             twice.add(number)
             continue
         if path in of_file and not end_alike(name, names[of_file[path]]):  # their folders are lost
-            found.add("images of different names that are one file", "skipped, with their annotations", label)
+            found.add("images with different names but the same file", "skipped, with their annotations", label)
             twice |= {number, of_file[path]}
             continue
         if number in meant or path in of_file:
-            found.add("images that are listed twice", "taken as one", label)
+            found.add("duplicate images", "taken as one", label)
             meant[number] = of_file[path]
             continue
         if not exists and path != name and _leads_out(name):
-            found.add("file names that lead out of the images' folder", "looked for in it by their ends", label)
+            found.add("file names outside the images' folder", "searched in it by the last parts of the path", label)
         width, height = (as_float(entry.get(key)) or 0 for key in ("width", "height"))
         if min(width, height) < 1:
             size = header_size(folder / path, upright) if exists else None
@@ -137,20 +137,20 @@ def repair_pose(category: dict, names: list[str], found: Findings) -> dict[str, 
         if bone and first <= min(bone) and max(bone) < len(names) + first:
             pose["skeleton"].append([bone[0] - first + 1, bone[1] - first + 1])
         else:
-            found.add("bones of a skeleton that lead to no keypoint", "not drawn", title)
+            found.add("skeleton edges to unknown keypoints", "not drawn", title)
     if category.get("flip_pairs") is not None:
         pairs = index_pairs(category["flip_pairs"])
         flat = [k for pair in pairs for k in pair or (-1,)]
         if len(set(flat)) == len(flat) and all(0 <= k < len(names) for k in flat):
             pose["flip_pairs"] = pairs
         else:
-            found.add("flip_pairs that are no pairs of keypoints", "left and right taken from the names", title)
+            found.add("flip_pairs that are not pairs of keypoints", "pairs taken from the names", title)
     if category.get("sigmas"):
         sigmas = as_floats(category["sigmas"])
         if sigmas is not None and len(sigmas) == len(names) and (sigmas > 0).all():
             pose["sigmas"] = sigmas.tolist()
         else:
-            found.add("sigmas that do not fit the keypoints", "usual ones taken", title)
+            found.add("sigmas that do not match the keypoints", "default sigmas used", title)
     return pose
 
 
@@ -173,7 +173,7 @@ def repair_categories(
         if own != names:
             other = f"category {entry.get('name')!r} has other keypoints ({len(own)})"
             first = f"{chosen[0][2].get('name')!r} ({len(names)})"
-            raise ValueError(f"{file}: {other} than {first}: give all the same list, or make a set of each")
+            raise ValueError(f"{file}: {other} than {first}; give all categories the same list, or split the set")
     pose = repair_pose(chosen[0][2], names, found)
     categories: dict[int, dict] = {}
     meant: dict[int, int] = {}
@@ -264,13 +264,13 @@ def repair_annotations(
                 continue
             kind = "out a box" if not entry.get("bbox") else " a box that is no four numbers"
             kind = kind if box is None else " a box of no width or height"
-            found.add(f"annotations with{kind}", "box made of the keypoints", label)
+            found.add(f"annotations with{kind}", "box computed from the keypoints", label)
             image = images[entry["image_id"]]
             box = keypoint_box(points[n, :, :2], points[n, :, 2], image["width"], image["height"])
             source = "keypoints"
         area = as_float(entry.get("area"))
         if area is None and entry.get("area") not in (None, "") or area is not None and area < 0:
-            found.add("areas that are no positive numbers", "the box's area taken", label)
+            found.add("areas that are not positive numbers", "the box's area used", label)
         kept.append(
             dict(
                 id=entry["id"],
@@ -316,7 +316,7 @@ def repair(
         category = category_of.get(number)  # type: ignore[arg-type]
         keypoints = entry.get("keypoints")
         if image is None:
-            found.add("annotations of no image of the file", "skipped", label)
+            found.add("annotations of an unknown image", "skipped", label)
             continue
         if category is None and number is not None and number in known:
             keypoints = None
@@ -328,13 +328,13 @@ def repair(
             found.add("annotations of a category without keypoints", "boxes of unlabelled animals", label)
         elif category is None and len(categories) == 1:
             (category,) = categories
-            found.add("annotations of no category of the file", f"taken as {pose['name']}", label)
+            found.add("annotations of an unknown category", f"taken as {pose['name']}", label)
         elif category is None:
-            found.add("annotations of no category of the file", "skipped", label)
+            found.add("annotations of an unknown category", "skipped", label)
             continue
         number = ids(entry.get("id"))
         if number is not None and first.get(number) == entry:
-            found.add("annotations that are listed twice", "taken as one", label)
+            found.add("duplicate annotations", "taken as one", label)
             continue
         if number is None or number in first:
             found.add("annotations without an id of their own", "numbered", label)

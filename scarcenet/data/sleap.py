@@ -239,9 +239,7 @@ def _read_labels(file: Path, labels: Any, places: Places, tally: Findings, uprig
     used = Counter(tuple(i.skeleton.node_names) for frame in labels for i in frame.user_instances)
     if not used:
         held = sum(len(frame.predicted_instances) for frame in labels)
-        raise ValueError(
-            f"{file}: nothing in it was labelled by a person ({held} predicted animals); label some frames"
-        )
+        raise ValueError(f"{file}: no human labels ({held} predicted animals); label some frames first")
     names = max(used, key=lambda nodes: used[nodes])
     skeleton = next(s for s in labels.skeletons if tuple(s.node_names) == names)
     groups = group_names(labels.videos)
@@ -269,7 +267,7 @@ def _read_labels(file: Path, labels: Any, places: Places, tally: Findings, uprig
     for frame in labels:
         where = f"{frames[id(frame.video)].name}, frame {frame.frame_idx}"
         for _ in frame.predicted_instances:
-            tally.add("predicted animals", "left out: they are no labels", where)
+            tally.add("predicted animals", "left out: predictions are not labels", where)
         if frame.predicted_instances and not frame.user_instances and not frame.is_negative:
             continue  # any number of these: a network was run on the whole video
         row = row_of(frame.video, frame.frame_idx)

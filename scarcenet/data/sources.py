@@ -42,7 +42,7 @@ def find_files(path: Path | str, suffixes: Collection[str]) -> list[Path]:
     elif place.exists():
         found = [place]
     elif not (found := [Path(f) for f in glob.glob(str(path), recursive=True)]):
-        raise FileNotFoundError(f"{path}: no such file or folder, and as a pattern it fits no file")
+        raise FileNotFoundError(f"{path}: no such file or folder, and no file matches it as a pattern")
     return sorted((f for f in found if f.suffix.lower() in suffixes and f.is_file()), key=natural)
 
 
@@ -81,7 +81,7 @@ def _open(file: Path | str) -> cv2.VideoCapture:
     if not capture.isOpened():
         capture.release()
         empty = "it is empty" if Path(file).stat().st_size == 0 else "cut short, or of an unknown kind"
-        raise ValueError(f"{file}: not a video that can be opened ({empty}); copy it again, or convert it with ffmpeg")
+        raise ValueError(f"{file}: video cannot be opened ({empty}); copy it again, or convert it with ffmpeg")
     return capture
 
 
@@ -94,7 +94,7 @@ def open_video(file: Path | str) -> Video:
     finally:
         capture.release()
     if not good:
-        raise ValueError(f"{file}: a video of which no frame can be decoded; copy it again, or convert it with ffmpeg")
+        raise ValueError(f"{file}: no frame of the video can be decoded; copy it again, or convert it with ffmpeg")
     # some files say nothing: a negative number, or one beyond all reason
     frames = int(frames) if 0 < frames < 1e9 else 0
     return Video(Path(file), frames, fps if 0 < fps < 1e6 else 0.0, frame.shape[:2])
@@ -129,7 +129,7 @@ def read_frames(file: Path | str, indices: Iterable[int] | None = None) -> Itera
         position = -1
         for index in itertools.count() if indices is None else indices:
             if index <= position:
-                raise ValueError(f"{file}: frame numbers must be 0 or more and increase, got {index} after {position}")
+                raise ValueError(f"{file}: expected increasing frame numbers, got {index} after {position}")
             while position < index:
                 if not capture.grab():
                     return
@@ -207,10 +207,10 @@ def choose_frames(
     if count < 1:
         raise ValueError(f"{file}: expected 1 or more frames to choose, got {count}")
     if how not in ("even", "kmeans"):
-        raise ValueError(f"frames can be chosen 'even' or 'kmeans', got {how!r}")
+        raise ValueError(f"choose: expected even or kmeans, got {how!r}")
     video = open_video(file)
     if is_torn(file):
-        warnings.warn(f"{file}: ends inside of a packet: cut short? Frames are chosen from what there is", stacklevel=2)
+        warnings.warn(f"{file}: ends within a packet, may be cut short; chosen from readable frames", stacklevel=2)
     if how == "even":
         return _even(video, count, set(exclude), progress)
     return _by_appearance(video, count, seed, set(exclude), progress)

@@ -62,12 +62,12 @@ def set_folder(config: Config, home: Path, progress: bool = False) -> Path:
     """The COCO set of a run: `config.data`, or, in the run's folder `home`, the embedded set or an imported source."""
     if config.data == "zoo":
         if Path("zoo", "annotations").is_dir():
-            warnings.warn("data 'zoo' is the embedded set; the folder of that name is ./zoo", stacklevel=3)
+            warnings.warn("data: zoo means the built-in animals; for the folder of that name give ./zoo", stacklevel=3)
         with main_process_first():
             return write_zoo(home / "zoo")
     imported, given = home / "data", Path(config.data)
     if not given.exists() and not imported.is_dir():
-        raise FileNotFoundError(f"{_missing(given)}; say where the set is now (--data)")
+        raise FileNotFoundError(f"{_missing(given)}; give the folder of the set with --data")
     if (given.exists() or not imported.is_dir()) and not needs_import(given):
         return given
     with main_process_first():
@@ -97,7 +97,7 @@ def label_parts(config: Config) -> tuple[Part, ...]:
         return (config.labels,)
     parts = [part.strip() for part in config.labels.split(",") if part.strip()]
     if not parts:
-        raise ValueError("labels is empty: expected a number, all, or a file")
+        raise ValueError("labels: expected a number, all, or a file, got nothing")
     return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
@@ -112,7 +112,7 @@ def read_part(part: Part, poses: PoseSet) -> list[Corrected] | None:
         return None
     path = Path(part)
     if not path.exists():
-        raise FileNotFoundError(f"{_missing(path)}; expected labels as a number, all, or files")
+        raise FileNotFoundError(f"{_missing(path)}; labels: expected a number, all, or files")
     if path.is_dir() or path.suffix.lower() in IMPORTED:
         return corrected_animals(path, poses)
     content = read_json(path)
@@ -192,7 +192,7 @@ def hold_out(poses: PoseSet, share: float, seed: int, among: np.ndarray | None =
     rows = np.arange(len(poses)) if among is None else np.flatnonzero(among)
     images, first = np.unique(poses.column("image_id")[rows], return_index=True)
     if len(images) < 2:
-        raise ValueError(f"{poses.file}: {len(images)} labelled images, so none can be held out: use --holdout 0")
+        raise ValueError(f"{poses.file}: too few labelled images to hold some out: {len(images)}; use --holdout 0")
     videos = [poses.instances[rows[n]].video for n in first]
     held = images[np.array(split_groups(videos, {"val": share}, seed)) == "val"]
     everything = {i.image_id for i in poses.instances + poses.unannotated + poses.crowds + poses.empty}
@@ -270,10 +270,10 @@ def _read(config: Config, files: dict[str, tuple[Path, Path | None]]) -> tuple[P
             line = f"{other.file}: no instance with keypoints to evaluate on"
             if config.strict:
                 raise ValueError(line)
-            warnings.warn(f"{line}; {name} is left out", stacklevel=3)
+            warnings.warn(f"{line}; split {name} is not evaluated", stacklevel=3)
             del splits[name]
         elif other.schema != train.schema:
-            raise ValueError(f"{other.file}: its keypoints are not those of {train.file}")
+            raise ValueError(f"{other.file}: expected the keypoints of {train.file}, got others")
     return train, splits
 
 

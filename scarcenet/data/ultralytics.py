@@ -186,7 +186,7 @@ def read_ultralytics(path: Path | str, *, upright: bool | None = None) -> LabelS
     path, tally = Path(path), Findings()
     file = find_pose_settings(path)
     if file is None:
-        raise ValueError(f"{path}: no data.yaml that states kpt_shape: not a pose folder of Ultralytics")
+        raise ValueError(f"{path}: expected an Ultralytics pose folder, whose data.yaml states kpt_shape")
     settings, root = read_pose_settings(file, tally), file.absolute().parent
     images: dict[Path, SourceImage] = {}
     animals = []
@@ -206,12 +206,12 @@ def read_ultralytics(path: Path | str, *, upright: bool | None = None) -> LabelS
             try:
                 animals.append(read_animal(line, settings, frame, len(images)))
             except ValueError as e:
-                tally.add("lines that are no animal", "skipped", f"{name_below(lines, root)}, line {number}: {e}")
+                tally.add("lines that are not an animal", "skipped", f"{name_below(lines, root)}, line {number}: {e}")
         images[image] = SourceImage(
             name=name, file=image, group=origin(name), split=split, upright=upright is not False
         )
     if not images:
-        raise ValueError(f"{file}: no images were found below {root}; put them there, in images/train and images/val")
+        raise ValueError(f"{file}: no image found below {root}; put them into images/train and images/val")
     return LabelSource(
         file=path,
         tool="Ultralytics pose folder",

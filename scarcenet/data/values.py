@@ -167,7 +167,7 @@ def keypoint_box(xy: np.ndarray, visible: np.ndarray, width: float, height: floa
     """
     points = np.asarray(xy, dtype=np.float64)[np.asarray(visible) > 0]
     if not len(points):
-        raise ValueError("a box of keypoints needs a labelled keypoint, but there is none")
+        raise ValueError("box: expected at least one labelled keypoint, got none")
     low, high = points.min(0), points.max(0)
     margin = HULL_MARGIN * (high - low).max()
     least = max(SMALLEST_SIDE, FEW_SHARE * max(width, height) if len(points) <= FEW_KEYPOINTS else 0)

@@ -169,7 +169,7 @@ def read_grid(file: Path, columns: Sequence[str] = ()) -> dict[Cell, dict]:
     try:
         cells = {Cell(row["labels"], int(row["seed"]), row["method"]): row for row in rows}
     except (KeyError, ValueError, TypeError):
-        raise ValueError(f"{file}: not the rows of a study, which have labels, a method and a seed") from None
+        raise ValueError(f"{file}: expected rows of a study with labels, method and seed, got others") from None
     check_numbers(file, rows, ("labels", "method", "device"))
     if columns and rows and tuple(rows[0]) != tuple(columns):
         difference = next(iter(sorted(set(rows[0]) ^ set(columns))), "their order")
@@ -257,7 +257,7 @@ def train_grid(
     """
     require_single_process("a grid of trainings")
     if not config.epochs:
-        raise ValueError("epochs is 0: without stage 3, all methods are the same")
+        raise ValueError("epochs: expected 1 or more, got 0; without stage 3 all methods are the same")
     read_grid(file)  # refuses a file of something else, before anything is written
     if (folder / "config.json").is_file():
         open_run(folder, config, resume=True)
@@ -275,7 +275,7 @@ def train_grid(
             run_data = load_run_data(early, folder, progress)
             loaded = early
         if missing := {"val", "test"} - run_data.evaluated.keys():
-            raise ValueError(f"{run_data.train.file}: no {min(missing)} split beside it: methods are compared on both")
+            raise ValueError(f"{run_data.train.file}: no {min(missing)} split; comparing methods needs val and test")
         columns = row_columns(run_data.evaluated["test"], config)
         read_grid(file, columns)  # fail before the training, not after it
         file.touch()  # from now on, `open_run` gives the folder to no other run

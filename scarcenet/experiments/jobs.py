@@ -129,7 +129,7 @@ def train_in_jobs(
                 job.cancel()
     for job in jobs:
         if error := job.exception():
-            raise ValueError(f"job {job.job_id} has failed: {last_line(str(error))}; its log: {job.paths.stderr}")
+            raise ValueError(f"job {job.job_id} failed: {last_line(str(error))}; its log: {job.paths.stderr}")
 
 
 def last_line(error: str) -> str:

@@ -35,7 +35,7 @@ ARM_COLUMNS = ("arm", "seed", "images", "labelled", "AP", "PCK", "student_AP", "
 def arm_row(arm: str, run: Run) -> dict[str, Any]:
     """A finished run's row: its labelled images and animals, and the scores of its last networks on the test split."""
     if "test" not in run.summary["networks"][run.best]:
-        raise ValueError(f"{run.folder}: its set has no test split, on which arms are compared")
+        raise ValueError(f"{run.folder}: its data set has no test split; comparing strategies needs one")
     train, labels, _ = read_splits(run.config, run.folder)
     best, student = (run.summary["networks"][name]["test"]["overall"] for name in (run.best, "student"))
     values: dict[str, Any] = dict(

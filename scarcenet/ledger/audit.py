@@ -94,7 +94,7 @@ def pick(ledger: Ledger, poses: PoseSet, most: int, seed: int = 0, suggested: It
     targets in use at the last epoch, a few are labelled, the others random.
     """
     if most < 1:
-        raise ValueError(f"expected at least 1 animal to look at, got {most}")
+        raise ValueError(f"animals: expected 1 or more, got {most}")
     last = score_decisions(ledger, poses, ledger.epochs[-1:])
     rng = np.random.default_rng(seed)
     by_count = last[wrong_targets(last)].groupby("instance").size().sort_values(ascending=False, kind="stable")

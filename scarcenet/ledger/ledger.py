@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..config import Config, read_config
 from ..data.coco import PoseSet, Truth, coco_json
+from ..data.label_source import keep_predicted
 from ..mean_teacher import consistency_mask
 from ..pseudo_labels import confidence_cut
 from ..record import INSTANCE_COLUMNS, LABEL_COLUMNS, Record, by_instance, read_epoch, read_table
@@ -62,7 +63,7 @@ class Ledger:
         epoch = self.epochs[-1] if asked is None and self.epochs else asked
         if epoch is None or epoch not in self.epochs:
             recorded = f"epochs {self.epochs[0]} to {self.epochs[-1]} are" if self.epochs else "none is yet"
-            raise ValueError(f"{self.folder}: epoch {asked} is not on record; {recorded}")
+            raise ValueError(f"{self.folder}: epoch {asked} is not recorded; {recorded}")
         return epoch
 
     def keep(self, epoch: int) -> float:
@@ -95,7 +96,7 @@ def open_ledger(run: Path | str, data: Path | str | None = None) -> Ledger:
     config = read_config(Path(run), data)
     if not file.is_file():
         reason = "the run was trained with --no-ledger, or has not finished an epoch of stage 3"
-        raise FileNotFoundError(f"{folder}: no ledger there: {reason}")
+        raise FileNotFoundError(f"{folder}: no ledger; {reason}")
     instances = read_table(folder / "instances.parquet", INSTANCE_COLUMNS).to_pandas()
     labels = read_table(file, LABEL_COLUMNS).to_pandas()
     try:
@@ -134,7 +135,7 @@ def read_frame(
         # selected epoch by epoch: all epochs of a large set would fill the memory
         parts.append(part if instance is None else part[part["instance"] == instance])
     if not parts:
-        raise ValueError(f"{ledger.folder}: no epoch is on record yet")
+        raise ValueError(f"{ledger.folder}: no epoch is recorded yet")
     frame = pd.concat(parts, ignore_index=True)
     about = ledger.instances.iloc[frame["instance"]]
     for place, name in enumerate(("file", "category", "family"), 2):
@@ -219,12 +220,12 @@ def redecide(
 def find_keypoint(ledger: Ledger, instance: int, keypoint: str | int) -> int:
     """The number of a keypoint that is named or numbered; ValueError if there is none, or no such instance."""
     if not 0 <= instance < len(ledger.instances):
-        raise ValueError(f"{ledger.folder}: no instance {instance}; there are 0 to {len(ledger.instances) - 1}")
+        raise ValueError(f"{ledger.folder}: instance {instance}: expected 0 to {len(ledger.instances) - 1}")
     if isinstance(keypoint, str) and keypoint in ledger.names:
         return ledger.names.index(keypoint)
     if str(keypoint).isdecimal() and int(keypoint) < len(ledger.names):
         return int(keypoint)
-    raise ValueError(f"{ledger.folder}: no keypoint {keypoint!r}; there are {', '.join(ledger.names)}")
+    raise ValueError(f"{ledger.folder}: keypoint {keypoint!r}: expected one of {', '.join(ledger.names)}")
 
 
 def explain_keypoint(ledger: Ledger, instance: int, keypoint: str | int, epoch: int) -> str:
@@ -342,9 +343,10 @@ def accepted_labels(ledger: Ledger, poses: PoseSet, epoch: int) -> dict:
         visible=np.where(used, 2, 0).astype(np.uint8),
         area=poses.column("box")[:, 2:].prod(1),
     )
-    return coco_json(
+    content = coco_json(
         replace(poses, truth=accepted),
         keypoint_scores=ledger.score.numpy().round(4),
         keypoint_decisions=np.array(_DECISIONS)[last.decision.numpy() + 1],
         labelled=ledger.labelled.numpy(),
     )
+    return keep_predicted(content)

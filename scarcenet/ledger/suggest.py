@@ -200,7 +200,7 @@ def suggest(
     """
     run = Path(run)
     if count < 1:
-        raise ValueError(f"expected 1 or more images to suggest, got {count}")
+        raise ValueError(f"count: expected 1 or more images, got {count}")
     if strategy not in get_args(Strategy):
         raise ValueError(f"strategy {strategy!r}: expected one of {', '.join(get_args(Strategy))}")
     pool = _look_at_unlabelled(run, data, device, progress)
@@ -239,7 +239,7 @@ def _look_at_unlabelled(run: Path, data: Path | str | None, device: str, progres
     images = poses.column("image_id")
     rows = np.flatnonzero(~np.isin(images, images[labels.labelled]))
     if not len(rows):
-        raise ValueError(f"{run}: all {len(set(images))} images of its training set are labelled: none is left")
+        raise ValueError(f"{run}: all {len(set(images))} images of the train split are labelled already")
     part, cache = poses.subset(rows), Path(config.cache)
     crops = load_crops(part.instances, predictor.size, progress=progress, limit_mb=config.crop_cache_mb, cache=cache)
     found, looks = answers_of_today(predictor, crops)

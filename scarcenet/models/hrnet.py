@@ -155,7 +155,7 @@ class HRNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-1] % 32 or images.shape[-2] % 32:
-            raise ValueError(f"HRNet takes images whose sides are multiples of 32, not {tuple(images.shape[-2:])}")
+            raise ValueError(f"HRNet: expected image sides that are multiples of 32 px, got {tuple(images.shape[-2:])}")
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
         maps = [self.layer1(x)]

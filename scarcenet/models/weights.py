@@ -157,7 +157,7 @@ def read_model_info(file: Path | str) -> ModelInfo | None:
             raise ValueError(f"expected ImageNet's normalisation of the input, got {info.mean} and {info.std}")
         return info
     except (TypeError, AttributeError, ValueError, KeyError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{file}: its metadata do not describe a network ({error})") from None
+        raise ValueError(f"{file}: its metadata does not describe a network ({error})") from None
 
 
 def _as_tuples(value: Any) -> Any:
@@ -175,7 +175,7 @@ def read_state(source: Path | str | Mapping) -> dict[str, Tensor]:
     content = source if isinstance(source, Mapping) else _load_file(Path(source))
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not _is_state(state):
-        raise ValueError(f"{where}: holds no state dict of tensors")
+        raise ValueError(f"{where}: expected a state dict of tensors, got none")
     return _from_mmpose({name.removeprefix("module."): t for name, t in state.items()})
 
 
@@ -325,7 +325,7 @@ def load_weights(model: nn.Module, source: Path | str | Mapping, need_head: bool
     if unfit:
         where = "weights" if isinstance(source, Mapping) else source
         report = LoadReport((), absent, unexpected, mismatched)
-        raise ValueError(f"{where}: made for another network: {report}{_advice(report, state, own)}")
+        raise ValueError(f"{where}: weights of another network: {report}{_advice(report, state, own)}")
     with torch.no_grad():
         for name in fitting:
             own[name].copy_(state[name])

@@ -107,10 +107,10 @@ def load_detector(name: str, classes: Sequence[str] = ()) -> tuple[nn.Module, li
     weights = models.get_model_weights(name).DEFAULT
     categories: list[str] = weights.meta["categories"]
     if "mouse" in classes:
-        raise ValueError("detector_classes: COCO's mouse is a computer's, and it knows no rodents: use other --boxes")
+        raise ValueError("detector_classes: COCO's mouse is a computer mouse, and it has no rodents; use other --boxes")
     if wrong := [c for c in classes if c not in categories or c in ("N/A", "__background__")]:
         names = ", ".join(c for c in categories if c not in ("N/A", "__background__"))
-        raise ValueError(f"detector_classes: {wrong[0]!r} is none of COCO's classes: {names}")
+        raise ValueError(f"detector_classes: expected classes of COCO ({names}), got {wrong[0]!r}")
     try:
         model = models.get_model(name, weights=weights)
     except (URLError, OSError, RuntimeError) as error:
@@ -152,7 +152,7 @@ def detector_boxes(instances: Sequence[Instance], config: Config, *, progress: b
     if instances and not results:
         classes = ", ".join(config.detector_classes or ANIMAL_CLASSES)
         raise ValueError(
-            f"detector {config.detector}: found no {classes} in {len(instances)} images: use other --boxes"
+            f"detector {config.detector}: found no {classes} in {len(instances)} images; use other --boxes"
         )
     return results
 

@@ -123,9 +123,9 @@ def is_one_video(path: Path, sources: Sequence[Source]) -> bool:
         return False
     if path.suffix.lower() != ".mp4":
         kind = "a video" if path.suffix.lower() in VIDEOS else "an ending"
-        raise ValueError(f"{path}: {kind} that is not written here; expected .mp4, or a folder")
+        raise ValueError(f"{path}: expected a name that ends in .mp4, or a folder, got {kind}")
     if len(sources) > 1 and any(source.video for source in sources):
-        raise ValueError(f"{path}: one mp4 for {len(sources)} videos and images; give a folder")
+        raise ValueError(f"{path}: expected one video for an .mp4, got {len(sources)} videos and images; give a folder")
     return True
 
 

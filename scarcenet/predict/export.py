@@ -94,7 +94,7 @@ TOLERANCE = 1e-3  # px of positions, and of scores
 def _onnx_file(file: Path) -> Path:
     """`file` itself, if it is the name of a new ONNX file."""
     if file.suffix.lower() != ".onnx":
-        raise ValueError(f"{file}: the network is written as ONNX alone; expected a name that ends in .onnx")
+        raise ValueError(f"{file}: expected a name that ends in .onnx; networks are exported as ONNX")
     return new_file(file)
 
 
@@ -111,7 +111,7 @@ def export_onnx(predictor: Predictor, file: Path | str, *, flip_test: bool = Tru
     file = _onnx_file(Path(file))
     highest = onnx.defs.onnx_opset_version()
     if not OPSET <= opset <= highest:
-        raise ValueError(f"opset {opset}: expected {OPSET} to {highest}, which the installed onnx knows")
+        raise ValueError(f"opset: expected {OPSET} to {highest} (of the installed onnx), got {opset}")
     about = describe_export(predictor, flip_test=flip_test)
     exported = ExportedPose(
         copy.deepcopy(predictor.model).cpu(),

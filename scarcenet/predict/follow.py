@@ -214,7 +214,7 @@ class FileBoxes:
     def __init__(self, file: Path | str) -> None:
         content = read_json(file)
         if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-            raise ValueError(f"{file}: expected COCO annotations, whose images have names; results have numbers alone")
+            raise ValueError(f"{file}: expected COCO annotations with file names, got results, which have ids alone")
         boxes: dict[str, list] = {}
         for entry in content.get("annotations") or []:
             box = as_box(entry.get("bbox")) if isinstance(entry, dict) else None
@@ -253,5 +253,5 @@ def open_looker(boxes: str, network: PoseNetwork, sources: Sequence[Source]) -> 
         detector = Detector(network.config, network.device)
         return Boxed(network, sources, lambda name, image: detector.find(image)[0])
     if not Path(boxes).is_file():
-        raise FileNotFoundError(f"boxes {boxes!r}: expected image, pose, detector, or a COCO file, and there is none")
+        raise FileNotFoundError(f"boxes {boxes!r}: expected image, pose, detector, or a COCO file, got no such file")
     return Boxed(network, sources, FileBoxes(boxes))

@@ -57,7 +57,7 @@ def as_image(image: ImageLike) -> np.ndarray:
         return read_image(Path(image))
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise ValueError(f"expected an image as an array (H, W, 3) of uint8, got {array.dtype} {array.shape}")
+        raise ValueError(f"expected an image (H, W, 3) uint8 RGB, got {array.shape} {array.dtype}")
     return array
 
 # %% ../../nbs/predict/frames.ipynb #find
@@ -81,7 +81,7 @@ def find_sources(source: ImageLike | Iterable[ImageLike]) -> list[Source]:
         for image in array[:1] if video else [array]:
             as_image(image)  # refuses what is no image
         if video and not len(array):
-            raise ValueError("expected frames as an array (T, H, W, 3) of uint8, got none")
+            raise ValueError("expected frames (T, H, W, 3) uint8 RGB, got none")
         number = f"{len(sources) + 1}" if sources or not video else ""
         name = f"array{number}" if video else f"array{number}.png"
         sources.append(Source(file="", name=name, video=video, frames=len(array) if video else 1, pixels=array))
@@ -123,7 +123,7 @@ def find_files(path: str | os.PathLike) -> list[Path]:
         raise ValueError(f"{path}: expected an image, a video or a folder, got {place.suffix or 'no ending'} ({known})")
     found = sorted([*find_images(place), *find_videos(place)], key=natural)
     if not found:
-        raise ValueError(f"{path}: no image and no video in it")
+        raise ValueError(f"{path}: expected images or videos in it, got none")
     return found
 
 # %% ../../nbs/predict/frames.ipynb #read
@@ -145,11 +145,11 @@ def read_sources(
                 yield Frame(item=item, source=number, frame=index, pixels=pixels)
                 item, count, good = item + 1, index + 1, True
             if count < 0.99 * source.frames - 1:  # some formats only estimate it
-                expected = f"expected the {source.frames} frames that it says it has, got {count}"
-                warnings.warn(f"{source.file}: {expected}: cut short? What there is, is used", stacklevel=2)
+                expected = f"expected {source.frames} frames as the video states, got {count}"
+                warnings.warn(f"{source.file}: {expected}; cut short? Readable frames are used", stacklevel=2)
             elif source.file and is_torn(source.file):
-                inside = f"ends inside of a packet, after {count} frames"
-                warnings.warn(f"{source.file}: {inside}: cut short? What there is, is used", stacklevel=2)
+                inside = f"video ends within a packet, after {count} frames"
+                warnings.warn(f"{source.file}: {inside}; cut short? Readable frames are used", stacklevel=2)
         elif not begin:
             try:
                 image = as_image(source.pixels) if source.pixels is not None else None
@@ -166,7 +166,7 @@ def read_sources(
         raise ValueError(f"{sources[0].file}: none of {len(sources)} images can be read")
     if torn > 1:
         images = sum(not source.video for source in sources)
-        warnings.warn(f"{torn} of {images} images cannot be read and are left out; they are named above", stacklevel=2)
+        warnings.warn(f"{torn} of {images} images cannot be read and are left out (named above)", stacklevel=2)
 
 
 def _video_frames(source: Source, begin: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -74,7 +74,7 @@ class PoseTable:
         self.stream: IO[bytes] = open(file, "r+b" if known else "w+b") if file else tempfile.TemporaryFile()
         if known and (old := self.stream.readline()) != head:
             self.stream.close()
-            raise ValueError(f"{file}: {_difference(old, about or {})}; give the same again, or do not resume")
+            raise ValueError(f"{file}: {_difference(old, about or {})}; give the same, or start without --resume")
         if not known:
             self.stream.write(head)
             self.stream.flush()

@@ -64,7 +64,7 @@ class Predictor:
     ) -> None:
         files = find_networks(source)
         if network and network not in files:
-            raise ValueError(f"{source}: no network {network!r}; there are {', '.join(files)}")
+            raise ValueError(f"{source}: network {network!r}: expected one of {', '.join(files)}")
         self.file = files[network] if network else list(files.values())[-1]
         if config is None and (Path(source) / "config.json").is_file():
             config = read_config(Path(source))
@@ -73,13 +73,13 @@ class Predictor:
         elif config and schema:
             self.schema, settings = schema, config
         else:
-            raise ValueError(f"{self.file}: does not describe its network; give its configuration and its keypoints")
+            raise ValueError(f"{self.file}: does not describe its network; give its config and schema")
         self.config = replace(settings, weights=str(self.file), backbone="", device=device)
         try:
             model = build_network(self.config, len(self.schema))
         except ValueError as error:
             asked = f"{settings.network} with {len(self.schema)} keypoints"
-            raise ValueError(f"{self.file}: {error} (asked for: {asked})") from None
+            raise ValueError(f"{self.file}: {error} (expected {asked})") from None
         self.model = model.to(pick_device(device)).eval()
 
     @property
@@ -107,7 +107,7 @@ class Predictor:
         if checked is not None and single:
             sources = [as_image(sources[0])] * len(checked)
         if checked is not None and len(sources) != len(checked):
-            raise ValueError(f"{len(checked)} boxes for {len(sources)} images: expected one box for each image")
+            raise ValueError(f"boxes: expected one for each of the {len(sources)} images, got {len(checked)}")
         whole: list[np.ndarray] = []
 
         def decoded() -> Iterator[np.ndarray]:
@@ -136,7 +136,7 @@ class Predictor:
         found = Predictions(self.network, source, chosen, upright=upright)
         if not boxes and self.config.boxes not in ("image", "pose"):
             trained = f"the network was trained with {self.config.boxes or 'boxes of its set'}"
-            warnings.warn(f"boxes: pose ({trained}); or say image, detector, or a COCO file", stacklevel=2)
+            warnings.warn(f"boxes: using pose ({trained}); choose image, pose, detector, or a COCO file", stacklevel=2)
         return found
 
     @cached_property
@@ -177,9 +177,9 @@ def as_boxes(boxes: ArrayLike) -> np.ndarray:
     if not array.size:
         return np.empty((0, 4))
     if array.ndim != 2 or array.shape[1] != 4 or not np.isfinite(array).all():
-        raise ValueError("expected boxes as (N, 4) finite numbers: x, y, width, height in image px")
+        raise ValueError("boxes: expected (N, 4) finite numbers: x, y, width, height in image px")
     if (array[:, 2:] <= 0).any():
-        raise ValueError(f"box {int((array[:, 2:] <= 0).any(1).argmax())} has no area")
+        raise ValueError(f"box {int((array[:, 2:] <= 0).any(1).argmax())}: expected a width and height above 0")
     return array
 
 # %% ../../nbs/predict/predictor.ipynb #predict
@@ -208,7 +208,7 @@ def find_networks(run: str | os.PathLike) -> dict[str, Path]:
     run = _not_a_source(Path(run))
     files = [run / f"{name}.safetensors" for name in NETWORKS_OF_A_RUN] if run.is_dir() else [run]
     if not (found := {file.stem: file for file in files if file.is_file()}):
-        raise FileNotFoundError(f"{run}: no weights file, nor the folder of a finished run")
+        raise FileNotFoundError(f"{run}: expected a weights file or the folder of a finished run, got neither")
     return found
 
 
@@ -226,7 +226,7 @@ def find_config(run: str | os.PathLike, config: str = "") -> Config:
     if info is None and (run.is_dir() or (folder / "config.json").is_file()):
         return read_config(folder)
     if info is None:
-        raise FileNotFoundError(f"{run}: does not describe its network; give a preset or a config.json (--config)")
+        raise FileNotFoundError(f"{run}: does not describe its network; give a preset or config.json (--config)")
     try:
         beside = read_config(folder)
     except (ValueError, FileNotFoundError):  # none, or of something else
@@ -278,7 +278,7 @@ def _own_poses(config: Config, run: Path, split: str, unannotated: bool) -> Pose
         name = "zoo" if config.data == "zoo" else "data"
         homes = [home for home in (folder, folder.parent) if (home / name).is_dir()]
         if not homes:
-            raise FileNotFoundError(f"{run}: no set beside it; name one (--data)")
+            raise FileNotFoundError(f"{run}: its data set is gone; give one with --data")
         folder = homes[0]
     train, _, evaluated = read_splits(config, folder)
     if split == "train":
@@ -286,7 +286,7 @@ def _own_poses(config: Config, run: Path, split: str, unannotated: bool) -> Pose
     split = split or ("val" if "val" in evaluated and "test" not in evaluated else "test")
     if split not in evaluated:
         there = ", ".join(("train", *evaluated))
-        raise ValueError(f"{train.file}: no split {split!r} was evaluated; there are {there} (--split), or --data")
+        raise ValueError(f"{train.file}: split {split!r}: expected one of {there}; or give another set with --data")
     return evaluated[split]
 
 

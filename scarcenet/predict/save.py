@@ -277,7 +277,7 @@ def output_files(path: Path, sources: Sequence[Source], format: str = "") -> dic
     every = range(len(sources))
     if path.suffix and not path.is_dir():
         if format and not path.name.endswith(format):
-            raise ValueError(f"{path}: the ending of a file says its format; name a folder for files of {format}")
+            raise ValueError(f"{path}: a file's ending sets its format; with --format give a folder")
         files = {path: list(every)}
     else:
         files = {path / f"{sources[n].name}.{format or 'csv'}": [n] for n in every if sources[n].video}
@@ -294,14 +294,14 @@ def check_format(path: Path, sources: Sequence[Source]) -> None:
     write = saver(path)
     if write in (_save_csv, _save_h5, _save_nwb) and len(sources) > 1 and any(source.video for source in sources):
         what = f"expected one video, got {len(sources)} videos and images"
-        raise ValueError(f"{path}: {what}; name a folder, {path.stem}/, for a file of each, or write .parquet or .json")
+        raise ValueError(f"{path}: {what}; give a folder, {path.stem}/, for one file each, or write .parquet or .json")
     if write in (_save_slp, _save_nwb):
         try:
             import sleap_io  # noqa: F401
         except ImportError as error:
             raise ValueError(f"{path}: needs sleap-io: pip install sleap-io ({error})") from None
         if any(not source.file for source in sources):
-            raise ValueError(f"{path}: frames of an array have no file that SLEAP could open; write .csv or .parquet")
+            raise ValueError(f"{path}: SLEAP needs a video or image file, got an array; write .csv or .parquet")
     if write is _save_nwb and not all(source.video for source in sources):
         raise ValueError(f"{path}: NWB holds the poses of videos, not of images; write .slp, .json or .parquet")
     if write is _save_h5 and not find_spec("tables"):

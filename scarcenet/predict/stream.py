@@ -33,7 +33,7 @@ def as_rows(frames: Sequence[Frame], found: Found, keypoints: int) -> np.ndarray
     """What was found in a batch of frames as rows of a table (`predict/poses`)."""
     answers = found.answers
     if not (np.isfinite(answers.xy).all() and np.isfinite(answers.score).all()):
-        raise ValueError("the network's answers are no finite numbers; was its training unstable?")
+        raise ValueError("the network's predictions are not finite; its training was probably unstable")
     empty = np.setdiff1d(np.arange(len(frames)), found.frame)
     owner = np.concatenate((found.frame, empty)).astype(int)
     count = len(found.frame)
@@ -67,7 +67,7 @@ def find_rows(
     if isinstance(boxes, FileBoxes) and not boxes.used and not start[0]:
         table.remove()
         name = sources[0].frame_name(0)
-        raise ValueError(f"{boxes.file}: no box of it is in an image here; they are found by name, like {name}")
+        raise ValueError(f"{boxes.file}: no box is in one of the images; they are matched by name, such as {name}")
 
 # %% ../../nbs/predict/stream.ipynb #predictions
 class Predictions:
@@ -150,9 +150,9 @@ class Predictions:
         if not resume:
             self._refuse(*files, *drawings)
             if rest.exists():
-                raise ValueError(f"{path}: begun and not finished; resume it, or remove {rest}")
+                raise ValueError(f"{path}: unfinished; go on with resume, or remove {rest}")
         elif any(file.exists() for file in files) and not rest.exists():
-            raise ValueError(f"{path}: finished; nothing is left to resume")
+            raise ValueError(f"{path}: already finished; nothing to resume")
         rest.parent.mkdir(parents=True, exist_ok=True)
         if self._table is None:
             self._table = PoseTable(len(self.schema), rest, self._about(draw), resume)
@@ -163,7 +163,7 @@ class Predictions:
         except KeyboardInterrupt as interrupt:
             self._write(files)
             done = f"{self.table.items} of {self.frames or 'all'} frames are done"
-            raise type(interrupt)(f"{path}: {done}; resume goes on from there") from None
+            raise type(interrupt)(f"{path}: {done}; go on with resume") from None
         self._write(files)
         self.table.remove()
         return path
@@ -181,14 +181,14 @@ class Predictions:
         """ValueError if one of the files that are to be written is a source."""
         for file in files:
             if any(s.file and file.exists() and file.samefile(s.file) for s in self.sources):
-                raise ValueError(f"{file}: is a source; choose another name")
+                raise ValueError(f"{file}: is one of the sources; choose another name")
 
     @staticmethod
     def _refuse(*files: Path) -> None:
         """ValueError if one of the files, or a folder with something in it, is there."""
         for file in files:
             if file.exists() and not (file.is_dir() and not any(file.iterdir())):
-                raise ValueError(f"{file}: already there; choose another name, remove it, or resume it if it was begun")
+                raise ValueError(f"{file}: already exists; choose another name, remove it, or resume it if unfinished")
 
     def _write(self, files: dict[Path, list[int]]) -> None:
         """Write what is known of the sources of each file."""

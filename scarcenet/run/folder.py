@@ -24,6 +24,7 @@ from torch import Tensor
 from ..config import Config, read_config
 from ..data.boxes import first_looks
 from ..data.coco import PoseSet, Truth, coco_json
+from ..data.label_source import keep_predicted
 from ..heatmap import Keypoints
 from ..pseudo_labels import confidence_cut
 from ..utils.distributed import barrier, is_main_process, main_process_first
@@ -73,13 +74,13 @@ def _open(folder: Path, config: Config, resume: bool) -> Path:
             asked["precision"] = found["precision"]  # chosen when the run began
         if found != asked:
             name = next(k for k in asked if found.get(k) != asked[k])
-            values = f"{name} is {found.get(name)!r} there, but {asked[name]!r} was asked for"
-            raise ValueError(f"{folder / 'config.json'}: {values}; a run goes on as it began")
+            values = f"{name}: expected {found.get(name)!r}, got {asked[name]!r}"
+            raise ValueError(f"{folder / 'config.json'}: {values}; --resume needs the same settings")
         return folder
     if folder.exists():
         content = {p.name for p in folder.iterdir() if not _is_beside(p)} if folder.is_dir() else {"?"}
         if content - {"config.json", "zoo", "data", "boxes.json"}:
-            raise ValueError(f"{folder}: already there; go on with --resume, or choose another --out")
+            raise ValueError(f"{folder}: already exists; go on with --resume, or choose another --out")
         if "config.json" in content:
             if _settings(read_config(folder)) != asked:  # ValueError if it is no run's
                 shutil.rmtree(folder / "data", ignore_errors=True)  # made for other settings
@@ -130,7 +131,7 @@ def check_numbers(file: Path, rows: Sequence[Mapping], texts: Collection[str]) -
     for n, row in enumerate(rows, 2):
         for name, value in row.items():
             if name is None or value is None:
-                raise ValueError(f"{file}: line {n}: expected {len(rows[0])} cells; cut short?")
+                raise ValueError(f"{file}: line {n}: expected {len(rows[0])} cells, got another number; cut short?")
             if name not in texts and value and not _is_number(value):
                 raise ValueError(f"{file}: line {n}: {name}: expected a number, got {value[:40]!r}")
 
@@ -148,7 +149,7 @@ def read_metrics(file: Path) -> list[dict]:
     rows = read_rows(file)
     check_numbers(file, rows, ("stage",))
     if not rows:
-        raise ValueError(f"{file}: holds no epoch")
+        raise ValueError(f"{file}: expected one row per epoch, got none")
     for n, row in enumerate(rows, 2):
         if row.get("stage") not in STAGES or not row.get("epoch", "").isdecimal():
             raise ValueError(f"{file}: line {n}: expected a stage, {' or '.join(STAGES)}, and an epoch")
@@ -188,7 +189,7 @@ def require_tensorboard() -> None:
     try:
         import tensorboard  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"--tensorboard needs it: pip install tensorboard ({error})") from None
+        raise ValueError(f"--tensorboard needs the package: pip install tensorboard ({error})") from None
 
 
 def write_events(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -218,11 +219,12 @@ def write_pseudo(file: Path, poses: PoseSet, pseudo: Keypoints, *, drop: float, 
     the boxes: nothing of the held-back truth goes into the file. ValueError if the pseudo-labels are not finite.
     """
     if not (pseudo.xy.isfinite().all() and pseudo.score.isfinite().all()):
-        raise ValueError(f"{file}: not written, since the network's answers are no finite numbers")
+        raise ValueError(f"{file}: not written: the network's predictions are not finite")
     flags = (1 + confidence_cut(pseudo.score, drop, among).long()).cpu().numpy().astype(np.uint8)
     looked_at = tuple(replace(i, box=i.crop_box or i.box) for i in poses.instances)  # the box may be of held-back truth
     area = np.array([i.box[2] * i.box[3] for i in looked_at])
     guess = Truth(pseudo.xy.cpu().numpy(), flags, area)
     labels = replace(poses, instances=looked_at, truth=guess)
     once = first_looks(poses.instances)
-    write_json(file, coco_json(labels.subset(once), keypoint_scores=pseudo.score.cpu().numpy().round(4)[once]))
+    content = coco_json(labels.subset(once), keypoint_scores=pseudo.score.cpu().numpy().round(4)[once])
+    write_json(file, keep_predicted(content))

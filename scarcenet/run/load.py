@@ -81,7 +81,7 @@ def load_run_data(config: Config, home: Path, progress: bool = False) -> RunData
     splits = read_splits(config, home, progress)
     train, labels, evaluated = splits
     if config.supervised_epochs and not labels.labelled.any():
-        raise ValueError(f"{train.file}: no labelled instances, so stage 1 has nothing to learn from")
+        raise ValueError(f"{train.file}: no labelled instances for stage 1; check --labels")
     jitter = draw_jitter(config, len(train))
     rows = np.flatnonzero(labels.labelled | (config.epochs > 0))  # stage 1 uses no other image
     load = partial(
@@ -111,8 +111,8 @@ def warn_of_set(config: Config, run_data: RunData) -> None:
     videos = {i.video for i in run_data.evaluated["val"].instances}
     reason = "whole videos, as far as the shares allow"
     if videos & {i.video for i in train.instances}:
-        reason = "frames of one video are alike, so their scores flatter; those of another video would not"
+        reason = "frames of the same video are in training, so the scores are too high for a new video"
     images = held + len({i.image_id for i in train.subset(np.any(train.truth.visible, axis=1)).instances})
     warnings.warn(
-        f"{train.file}: {held} of {images} images with keypoints are held out for evaluation; {reason}", stacklevel=3
+        f"{train.file}: {held} of {images} labelled images are held out for evaluation: {reason}", stacklevel=3
     )

@@ -126,7 +126,7 @@ def fastest_precision(config: Config, keypoints: int) -> str:
     if speedup[False] > 1.1:
         chosen = "bf16" if speedup[True] > 1.1 else "bf16-eval"
     measured = f"bf16 is {speedup[False]:.2f} times as fast in eval passes, {speedup[True]:.2f} times in training"
-    print(f"precision auto chose {chosen}: {measured}")
+    print(f"precision: {chosen} ({measured})")
     return chosen
 
 
@@ -155,7 +155,7 @@ def fit_settings(config: Config, home: Path) -> Config:
     given = {name for name, value in vars(config).items() if value != getattr(PRESETS["mine"], name)}
     chosen: dict[str, Any] = {}
     if not labels.labelled.any():
-        raise ValueError(f"{train.file}: no labelled instances: label some frames first")
+        raise ValueError(f"{train.file}: no labelled instances; label some frames first")
     if train.empty and "boxes" not in given:
         chosen["boxes"] = "image" if animal_extent(train.subset(labels.labelled)) >= LARGE else "pose"
         config = replace(config, **chosen)
@@ -177,11 +177,9 @@ def fit_settings(config: Config, home: Path) -> Config:
             ", ".join(f"{len(poses)} animals in {name}" for name, poses in evaluated.items()) or "nothing to evaluate"
         )
         print(f"{train.file}: {known} of {animals} animals labelled, {len(train.schema)} keypoints; {held}")
-        print("mine chose " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
+        print("settings chosen: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
         if not config.epochs:
-            print(
-                "no image is unlabelled, so there is no stage 3: `scarcenet import --unlabelled` adds images and videos"
-            )
+            print("stage 3 is skipped: no image is unlabelled; add some with scarcenet import --unlabelled")
         seconds = estimate_seconds(config, **counts, keypoints=len(train.schema))
         print(f"on {device}: about {max(1, round(seconds / 60))} min")
     return config

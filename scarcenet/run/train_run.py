@@ -106,7 +106,7 @@ def train_run(
             raise ValueError(f"preset {config!r}: expected one of {', '.join(PRESETS)}")
         config = PRESETS[config]
     if unknown := changes.keys() - {f.name for f in fields(Config)}:
-        raise ValueError(f"{sorted(unknown)[0]!r} is no field of Config")
+        raise ValueError(f"{sorted(unknown)[0]!r}: expected a field of Config")
     if data is not None:
         changes["data"] = str(data)
     config = replace(config, **changes)

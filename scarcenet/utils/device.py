@@ -37,7 +37,7 @@ def pick_device(name: str) -> torch.device:
         if name not in ("auto", own.type):
             raise ValueError(
                 f"device {name}: the launcher gave this process {own}; "
-                "choose there (accelerate launch --cpu, --gpu_ids)"
+                "choose the device with accelerate launch --cpu or --gpu_ids"
             )
         return own
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -50,7 +50,7 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r}: {expected}") from None
     beyond = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
     if not available.get(device.type) or beyond:
-        raise ValueError(f"device {name}: this machine has none; choose another with --device")
+        raise ValueError(f"device {name}: not available on this machine; choose another --device")
     return device
 
 # %% ../../nbs/utils/device.ipynb #describe
@@ -225,7 +225,7 @@ def explain_step(flag: str, batch: int, size: int, device: torch.device) -> Iter
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        reason = "the coarsest maps have one pixel, and batch norm needs two to compare"
+        reason = "batch norm needs two values per channel, and the coarsest feature maps have one pixel"
         raise ValueError(
             f"batch {batch} of {size} x {size} px: {reason}; choose {flag} 2 or more, or --size 64"
         ) from None
@@ -235,9 +235,9 @@ def explain_torch(error: RuntimeError) -> str:
     """One line on an error of PyTorch that is the machine's; "" for one that is a mistake in a program."""
     first = " ".join(str(error).splitlines()[:1])[:200]
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory: choose smaller batches or a smaller size, or another --device"
+        return "out of GPU memory; choose a smaller --batch, --size or another --device"
     if "can't allocate memory" in first or "not enough memory" in first:
-        return "out of memory: choose smaller batches or a smaller size, or a lower --crop-cache-mb"
+        return "out of memory; choose a smaller --batch, --size or --crop-cache-mb"
     if any(word in first for word in ("CUDA error", "cuDNN error", "CUDA driver", "MPS backend")):
         return f"the GPU failed ({first}); try again, or choose another --device"
     return ""

@@ -65,7 +65,7 @@ def process_device() -> torch.device | None:
 def require_single_process(work: str) -> None:
     """ValueError if there are other processes; `work` names what cannot be shared."""
     if world_size() > 1:
-        raise ValueError(f"{work} is work for one process, but there are {world_size()}: start it without a launcher")
+        raise ValueError(f"{work}: expected one process, got {world_size()}; start it without a launcher")
 
 
 def rank_slice(n: int) -> slice:

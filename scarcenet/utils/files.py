@@ -144,7 +144,7 @@ def parse_json(text: str) -> Any:
     brackets = _TEXT.sub("", text).encode("utf-8", "replace").translate(None, _NO_BRACKETS)
     deep = max(accumulate(1 if b in b"[{" else -1 for b in brackets), default=0)
     if deep > DEEPEST:
-        raise ValueError(f"expected at most {DEEPEST} brackets in brackets, got {deep}")
+        raise ValueError(f"expected at most {DEEPEST} nested brackets, got {deep}")
     return json.loads(text)
 
 
@@ -166,7 +166,7 @@ def read_json(file: Path | str) -> Any:
 def new_file(file: Path) -> Path:
     """`file` itself, if it does not exist yet, with its folder made; ValueError otherwise."""
     if file.exists():
-        raise ValueError(f"{file}: already there; choose another name, or remove it")
+        raise ValueError(f"{file}: already exists; choose another name, or remove it")
     file.parent.mkdir(parents=True, exist_ok=True)
     return file
 

@@ -56,7 +56,7 @@ def is_held(lock: Path, holder: Holder | None) -> bool:
         return False
     if holder:
         name = f"process {holder.process} on {holder.host}"
-        warnings.warn(f"{lock}: held by {name}; waiting for a sign of life, up to {LOST:.0f} s", stacklevel=2)
+        warnings.warn(f"{lock}: held by {name}; waiting up to {LOST:.0f} s to see whether it still runs", stacklevel=2)
     first, end = _touched(lock), time.monotonic() + (LOST if holder else BEAT)
     while time.monotonic() < end:
         time.sleep(min(1.0, LOST / 10))

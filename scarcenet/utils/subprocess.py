@@ -32,7 +32,7 @@ class Background(Generic[T]):
         try:
             succeeded, value = self._receive.recv()
         except EOFError:
-            raise ChildProcessError(f"{self.name}: the process that ran it was ended from outside") from None
+            raise ChildProcessError(f"{self.name}: its process was killed") from None
         if not succeeded:
             raise value
         return value

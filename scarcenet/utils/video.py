@@ -47,7 +47,7 @@ def open_mp4(
     """
     width, height = size
     if width % 2 or height % 2:
-        raise ValueError(f"{file}: a video has even sides, expected such a size, got {width}x{height} px")
+        raise ValueError(f"{file}: expected an even width and height, got {width}x{height} px")
     write = _write_mp4v if (codec or video_codec()) == "mp4v" else _write_h264
     with atomic(file) as part:
         whole = part.with_suffix(".mp4")  # the ending tells OpenCV what to write

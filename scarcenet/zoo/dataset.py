@@ -185,7 +185,7 @@ def claim(folder: Path, recipe: dict) -> bool:
             found = None
         if found != recipe:
             content = "another zoo" if isinstance(found, dict) and "zoo" in found else "other files"
-            raise ValueError(f"{folder}: holds {content}, not the one asked for; name a new folder")
+            raise ValueError(f"{folder}: expected the same set, got {content}; choose a new folder")
     for part in ("data", "annotations"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     write_json(note, recipe)
@@ -221,9 +221,9 @@ def write_zoo(
     folder, counts = Path(folder), dict(zip(SPLITS, (train, val, test), strict=True))
     for name, value in {**counts, "seed": seed}.items():
         if not 0 <= value < 10**6:
-            raise ValueError(f"zoo: {name} is {value}, but must be from 0 to 999999")
+            raise ValueError(f"zoo: {name}: expected 0 to 999999, got {value}")
     if workers is not None and workers < 1:
-        raise ValueError(f"zoo: workers is {workers}, but must be at least 1")
+        raise ValueError(f"zoo: workers: expected 1 or more, got {workers}")
     recipe = dict(zoo=VERSION, seed=seed, **counts)
     if claim(folder, recipe):
         return folder

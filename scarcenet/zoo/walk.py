@@ -70,11 +70,11 @@ def make_film(
     if not 0 < fps <= 1000:
         raise ValueError(f"zoo: expected fps above 0, up to 1000, got {fps:g}")
     if any(side % 4 or not 64 <= side <= 4096 for side in size):
-        raise ValueError(f"zoo: expected a size of multiples of 4, from 64 to 4096 px, got {size[0]}x{size[1]}")
+        raise ValueError(f"zoo: size: expected multiples of 4 from 64 to 4096 px, got {size[0]}x{size[1]}")
     if not 0 <= seed < 10**6:
-        raise ValueError(f"zoo: seed is {seed}, but must be from 0 to 999999")
+        raise ValueError(f"zoo: seed: expected 0 to 999999, got {seed}")
     if camera not in ("follow", "pan"):
-        raise ValueError(f"zoo: expected the camera to follow or to pan, got {camera!r}")
+        raise ValueError(f"zoo: camera: expected follow or pan, got {camera!r}")
     rng = np.random.default_rng([seed, 6])
     names = tuple(species) or (known[rng.integers(len(known))],)
     walkers, course = herd(rng, names, animals, 2.8 if camera == "pan" else 0)
@@ -216,7 +216,7 @@ def _shadow(thing: Thing, like: Body) -> Body:
 def film_frames(film: Film, frames: int) -> Iterator[tuple[np.ndarray, WalkTruth]]:
     """The first so many frames of a film, one after the other; none is kept."""
     if not 0 < frames < 10**6:
-        raise ValueError(f"zoo: frames is {frames}, but must be from 1 to 999999")
+        raise ValueError(f"zoo: frames: expected 1 to 999999, got {frames}")
     return (film_frame(film, n) for n in range(frames))
 
 
