@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 # %% ../nbs/07_mean_teacher.ipynb #ema
 def ema_decay(step: int, longest: float = 0.999) -> float:
-    """The share of the teacher that survives update number `step` (from 0).
+    """The EMA decay of the teacher at update number `step` (from 0).
 
-    A plain mean of all students at first, then a sliding one whose `longest` memory is 1 / (1 - 0.999) steps: both as
-    in the official code.
+    At first the teacher is the mean of all students so far; later an exponential average over about 1 / (1 - `longest`)
+    steps. As in the official code.
 
     >>> [ema_decay(step) for step in (0, 1, 3, 5000)]
     [0.0, 0.5, 0.75, 0.999]
@@ -49,7 +49,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, decay: float, buffers: bo
 
 # %% ../nbs/07_mean_teacher.ipynb #ramp
 def sigmoid_rampup(epoch: int, weight: float = 2.0, epochs: int = 10) -> float:
-    """The weight of the consistency term: weight x exp(-5 (1 - t)^2), t = min(epoch, epochs) / epochs.
+    """The weight of the consistency loss: weight x exp(-5 (1 - t)^2), t = min(epoch, epochs) / epochs.
 
     `epoch` counts from 0. The ramp is Mean Teacher's (Tarvainen and Valpola 2017), 2 and 10 are the official code's.
 
@@ -60,10 +60,10 @@ def sigmoid_rampup(epoch: int, weight: float = 2.0, epochs: int = 10) -> float:
 
 # %% ../nbs/07_mean_teacher.ipynb #mask
 def consistency_mask(labelled: Tensor, has_label: Tensor, confident: bool = False) -> Tensor:
-    """Which keypoints take part in the consistency term: a mask (B, K).
+    """Which keypoints take part in the consistency loss: a mask (B, K).
 
     All of an unlabelled animal, and the annotated ones of a labelled animal, whatever their `Decision`. `labelled` is
-    (B,) bool; `has_label` (B, K): annotated by a person, or a pseudo-label above the confidence cut. `confident`: of an
+    (B,) bool; `has_label` (B, K): annotated, or a pseudo-label above the confidence cut. `confident`: of an
     unlabelled animal, too, only those that have a label (the official code).
 
     >>> has_label = torch.tensor([[True, False], [True, False]])

@@ -84,7 +84,7 @@ def render_views(
 ) -> Tensor:
     """What the model is shown of instances `index` (B,) through `views` (V, B, 3, 3): (V, B, 3, S, S), normalised.
 
-    `shift_px`: flipped views show the image so many view px too far to the right, without updating their affines.
+    `shift_px`: flipped views show the image shifted to the right by so much, view px; their affines do not include it.
     `pixels`: optional prefetched pixels, `crops.load(index)`.
     """
     pixels = (crops.load(index) if pixels is None else pixels).float()  # once for all views

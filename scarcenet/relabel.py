@@ -18,7 +18,7 @@ from .schema import KeypointSchema
 class Decision(IntEnum):
     """What becomes of a keypoint's label in one step.
 
-    The teacher's term does not depend on it: `consistency_mask` (`mean_teacher`) says which keypoints have that.
+    The consistency loss does not depend on it: `consistency_mask` (`mean_teacher`) selects its keypoints.
 
     >>> decision = torch.tensor([[2, 0, -1]])
     >>> [Decision(d).name for d in decision[0].tolist()], (decision == Decision.RELIABLE).tolist()
@@ -28,7 +28,7 @@ class Decision(IntEnum):
     TEACHER_ONLY = 0  # the label is not used, only the teacher's answer is
     REUSABLE = 1  # the label is replaced by the student's answer on the plain view
     RELIABLE = 2  # the pseudo-label is used as it is
-    TRUTH = 3  # labelled by a person
+    TRUTH = 3  # annotated
     IGNORED = -1  # no term at all
 
 
@@ -45,7 +45,7 @@ DECISION_COLOURS = {
 def agreement_offset(
     weak_xy: Tensor, plain_xy: Tensor, weak: Tensor, *, plain: Tensor, schema: KeypointSchema, stride: float = 4
 ) -> Tensor:
-    """From the student's answer on the weak view to its answer on the plain view: (B, K, 2).
+    """Offset from the student's prediction on the weak view to that on the plain view: (B, K, 2).
 
     In heatmap px (`stride` view px each) of the weak view, and in the weak view's order of sides. `weak_xy` and
     `plain_xy` (B, K, 2) are in the px of their own views, whose affines (B, 3, 3) from image px are `weak` and `plain`.
@@ -60,7 +60,7 @@ def agreement_offset(
 
 
 def agreement_distance(offset: Tensor, bias: float = 0.0) -> Tensor:
-    """How far apart the two answers lie: offsets (B, K, 2) -> distances (B, K), both in heatmap px.
+    """Distance between the two predictions: offsets (B, K, 2) -> distances (B, K), both in heatmap px.
 
     `bias` is added on each axis first: the official code's is 0.5.
 
@@ -74,9 +74,9 @@ def agreement_distance(offset: Tensor, bias: float = 0.0) -> Tensor:
 def decide(labelled: Tensor, has_label: Tensor, reliable: Tensor, *, agree: Tensor, consistent: Tensor) -> Tensor:
     """A `Decision` for every keypoint: (B, K) int64.
 
-    `labelled` is (B,) bool, all others are masks (B, K) in the image's order of sides. `has_label`: annotated by a
-    person, or a pseudo-label above the confidence cut; `reliable`: of a small loss; `agree`: the student agrees with
-    itself; `consistent`: takes part in the consistency term (`consistency_mask`).
+    `labelled` is (B,) bool, all others are masks (B, K) in the image's order of sides. `has_label`: annotated, or
+    a pseudo-label above the confidence cut; `reliable`: of a small loss; `agree`: the student's two predictions agree;
+    `consistent`: takes part in the consistency loss (`consistency_mask`).
 
     >>> every = torch.ones(1, 3, dtype=torch.bool)
     >>> reliable, agree = torch.tensor([[True, False, False]]), torch.tensor([[True, True, False]])
@@ -105,7 +105,7 @@ def relabel_targets(xy: Tensor, prediction: Tensor, decision: Tensor) -> Tensor:
 def loss_weight(decision: Tensor, truth: float = 2.0) -> Tensor:
     """The weight (B, K) of each keypoint in the supervised loss: a look-up in its `decision` (B, K).
 
-    `truth` is the weight of a person's label, 2 in the method; `keypoint_loss` squares the weights.
+    `truth` is the weight of an annotated keypoint, 2 in the method; `keypoint_loss` squares the weights.
 
     >>> {d.name: loss_weight(torch.tensor(d)).item() for d in Decision}
     {'TEACHER_ONLY': 0.0, 'REUSABLE': 1.0, 'RELIABLE': 1.0, 'TRUTH': 2.0, 'IGNORED': 0.0}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # %% ../nbs/05_small_loss.ipynb #keep
 def keep_rate(epoch: int, epochs: int = 30, floor: float = 0.8) -> float:
-    """The share of the labels that count as reliable in `epoch`, counted from 0.
+    """The share of labels with the smallest loss that are kept in `epoch` (from 0).
 
     Half a cosine from 1 to 0 over `epochs`, never below `floor`; 30 and 0.8 are the official code's.
 

@@ -32,7 +32,7 @@ from .utils.progress import Progress
 
 # %% ../nbs/09_training.ipynb #state
 class Epoch(NamedTuple):
-    """What `fit` yields after each epoch: the mean losses of its steps, and in stage 3 the `Record` of its visits."""
+    """`fit` yields one after each epoch: the mean losses of its steps, and in stage 3 the `Record` of its visits."""
 
     state: State
     stage: str
@@ -119,7 +119,7 @@ def same_statistics(*models: nn.Module) -> None:
 # %% ../nbs/09_training.ipynb #epochs
 @dataclass(frozen=True)
 class Stage:
-    """What distinguishes the loop of stage 1 from that of stage 3."""
+    """The differences between the loops of stages 1 and 3."""
 
     name: str  # in metrics.csv and in a checkpoint
     seed_stream: int  # names the stage's random streams, together with the run's seed and the epoch
@@ -151,7 +151,7 @@ class NotFinite(ValueError):
         self.stage, self.epoch, self.step, self.rows = stage, epoch, step, rows
         flag = "--supervised-lr" if stage == SUPERVISED.name else "--lr"
         where = f"stage {stage}, epoch {epoch}, step {step}"
-        super().__init__(f"the loss is not finite: {where}; look at its images, or choose a lower {flag}")
+        super().__init__(f"the loss is not finite: {where}; check its images, or choose a lower {flag}")
 
 
 def _note(epoch: int, epochs: int, losses: Tensor, steps: int) -> str:
@@ -239,10 +239,10 @@ def begin_scarcenet(config: Config, data: TrainingSet, state: State, progress: b
 
 # %% ../nbs/09_training.ipynb #fit
 def fit(config: Config, data: TrainingSet, state: State | None = None, progress: bool = False) -> Iterator[Epoch]:
-    """Train all stages, yielding after each epoch. With a `state` it goes on from there, and changes it in place.
+    """Train all stages; yields an `Epoch` after each. With a `state` it continues from there and changes it in place.
 
-    Every epoch has a random stream of its own. So a run that was interrupted ends like one that was not: with the same
-    bits in float32 on a CPU; GPU reductions are nondeterministic.
+    Every epoch has its own random stream, so an interrupted run ends like an uninterrupted one: bit by bit in float32
+    on a CPU; GPU reductions are nondeterministic.
     """
     tune_malloc()
     state = state or start(config, data)

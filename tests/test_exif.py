@@ -1,4 +1,4 @@
-"""Images with an EXIF turn: the stated size decides which frame is meant, the setting where it cannot."""
+"""Images with an EXIF orientation: the stated size decides which frame is meant, the setting where it cannot."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -378,7 +378,7 @@ def test_corrected_labels_of_others(place, capsys):
         category["keypoints"] = [n + "_x" for n in category["keypoints"]]
         category.pop("flip_pairs", None)
     Path("other.json").write_text(json.dumps(other))
-    refused(capsys, train("--labels", "other.json"), "other.json", "keypoints are not")
+    refused(capsys, train("--labels", "other.json"), "other.json", "expected the 17 keypoints of")
 
 
 def test_no_instance_is_labelled(place, capsys):

@@ -614,7 +614,7 @@ def test_h5_that_is_none(tmp_path, pictures):
     one_line(lambda: read_labels(file), says="predictions (SLEAP's analysis file)")
     with h5py.File(file, "w") as f:
         f["x"] = 1
-    one_line(lambda: read_labels(file), says="understood are")
+    one_line(lambda: read_labels(file), says="expected a DeepLabCut project")
     columns = [("net", "nose", c) for c in ("x", "y", "likelihood")]
     write_fixed(file, columns, [("a.png",)], np.ones((1, 3)))
     one_line(lambda: read_labels(file), says="holds predictions")
@@ -794,7 +794,7 @@ def test_sleap_videos_of_one_name_of_which_one_is_there(home, kept, sio, picture
     assert [(i.video, i.frame) for i in source.images] == [(there, 3 + kept)]
     assert len(source.animals) == len(pictures[kept].points)
     assert kinds(source) == {"frames whose image or video is not there": 1} and source.videos == (there,)
-    assert f"m{2 - kept}/cam.mp4 (another video's file has its name" in source.findings[0].first[0]
+    assert f"m{2 - kept}/cam.mp4 (another video has the same name" in source.findings[0].first[0]
     both = tmp_path / "both" / "labels.slp"
     shutil.copytree(tmp_path / "lab", both.parent)
     labels.save(str(both), verbose=False)
@@ -1290,7 +1290,7 @@ def test_coco_in_the_frame_that_its_size_fits(pictures, tmp_path):
 def test_coco_splits_with_other_keypoints(pictures, tmp_path):
     write_coco(tmp_path / "train", pictures[:2])
     write_coco(tmp_path / "valid", pictures[2:3], names=NAMES[:3])
-    text = one_line(lambda: read_labels(tmp_path), says="its 3 keypoints are left_eye, right_eye, nose, but the 17 of")
+    text = one_line(lambda: read_labels(tmp_path), says="got the 3 keypoints left_eye, right_eye, nose")
     assert "two sets" in text
 
 
@@ -1307,16 +1307,16 @@ def test_coco_splits_with_other_keypoints(pictures, tmp_path):
         ("clip.mp4", "", "--unlabelled"),
         ("a.jpg", "", "--unlabelled"),
         ("a.xml", "<a/>", "COCO Keypoints"),
-        ("a.mat", "", "understood are"),
-        ("noending", "", "understood are"),
-        ("a.txt", "0 0.5", "understood are"),
+        ("a.mat", "", "expected a DeepLabCut project"),
+        ("noending", "", "expected a DeepLabCut project"),
+        ("a.txt", "0 0.5", "expected a DeepLabCut project"),
         ("a.csv", "x,y\n1,2\n", "begins with 'x,y'"),
-        ("a.csv", "", "understood are"),
+        ("a.csv", "", "expected a DeepLabCut project"),
         ("a.csv", "scorer,Ann\n", "expected rows 'scorer', 'bodyparts', 'coords'"),
         ("a.csv", "scorer,Ann\nbodyparts,nose\ncoords,z\n", "columns 'x' and 'y' in the header"),
         ("a.json", "{", "broken JSON"),
-        ("a.json", "[]", "understood are"),
-        ("a.json", "7", "understood are"),
+        ("a.json", "[]", "expected a DeepLabCut project"),
+        ("a.json", "7", "expected a DeepLabCut project"),
         ("a.json", '{"shapes": [], "imagePath": "a.jpg"}', "LabelMe"),
         ("a.json", '[{"image_id": 1, "score": 0.5, "keypoints": []}]', "holds predictions"),
         ("a.yaml", "a: 1\n", "no kpt_shape"),
@@ -1376,7 +1376,7 @@ def test_join(pictures, tmp_path):
 def test_join_of_other_names(pictures, tmp_path):
     one = read_labels(write_project(tmp_path / "a", first_only(pictures[:2])))
     two = read_labels(write_project(tmp_path / "b", first_only(pictures[:2]), config=False, names=NAMES[:3]))
-    text = one_line(lambda: join_sources([one, two]), says="its 3 keypoints are left_eye, right_eye, nose, but the 17")
+    text = one_line(lambda: join_sources([one, two]), says="got the 3 keypoints left_eye, right_eye, nose")
     assert "right_back_paw" in text
 
 

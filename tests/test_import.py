@@ -368,7 +368,7 @@ def test_coco_through_the_door(zoo, poses, tmp_path):
     """A COCO set with boxes, species, skeleton and three splits keeps them."""
     summary = import_set([zoo], tmp_path / "set", val=0.2)
     assert list(summary.splits) == ["train", "val", "test"]
-    assert any("--val and --test change nothing" in note for note in summary.notes)
+    assert any("--val and --test are ignored" in note for note in summary.notes)
     new = read_coco(tmp_path / "set" / "annotations" / "train.json")
     assert new.schema == poses.schema and len(new) == len(poses)
     assert new.column("category").tolist() == poses.column("category").tolist()
@@ -398,7 +398,7 @@ def test_areas_and_the_origin_of_boxes_are_kept(zoo, tmp_path):
 
 
 def test_a_turned_image_of_a_coco_set(zoo, poses, tmp_path):
-    """Its stated size fits the image after its EXIF turn only: there its keypoints are, and there it is written."""
+    """Its stated size fits the image after EXIF rotation only: there its keypoints are, and there it is written."""
     content = read_json(zoo / "annotations" / "ap10k-train-split1.json")
     entry = next(i for i in content["images"] if i["width"] != i["height"])
     content["images"] = [entry]
@@ -507,7 +507,7 @@ def test_splits_of_a_set(project, tmp_path):
     assert sorted(v for names in videos.values() for v in names) == ["day1", "day2", "day3"] and not summary.notes
     one = labelled_project(tmp_path / "one", read_coco(tmp_path / "set/annotations/train.json"), {"day": [0, 1, 2, 3]})
     summary = import_set([one], tmp_path / "flat", val=0.25)
-    assert summary.splits["val"] == 1 and "flatter" in summary.notes[0]
+    assert summary.splits["val"] == 1 and "too high" in summary.notes[0]
 
 
 def test_the_same_bytes(project, avi, tmp_path):
@@ -554,7 +554,7 @@ def test_names_stay_inside_and_apart(tmp_path, poses):
 
 
 def test_exif_turns_are_settled(tmp_path, poses):
-    """An image with an EXIF turn is written in the frame of its keypoints, without the note."""
+    """An image with an EXIF orientation is written in the frame of its keypoints, without the note."""
     pixels = read_image(poses.instances[0].file)
     exif = Image.Exif()
     exif[0x0112] = 3
@@ -721,7 +721,7 @@ def test_images_of_another_size_are_left_out(zoo, tmp_path):
     summary = import_set([tmp_path / "train.json"], tmp_path / "set")
     (found,) = (f for f in summary.findings if "another size" in f.kind)
     width, height = content["images"][0]["width"], content["images"][0]["height"]
-    small = f"{-(-width // 2)} x {-(-height // 2)} px, but the labels say {width} x {height}"
+    small = f"expected {width} x {height} px, got {-(-width // 2)} x {-(-height // 2)}"
     assert found.count == 1 and found.done == "skipped" and found.first[0].endswith(f"{names[0]}: {small}")
     new = read_coco(tmp_path / "set" / "annotations" / "train.json")
     assert names[0] not in {i.file.name for i in new.instances} and summary.images == len(names) - 1
@@ -749,14 +749,14 @@ def test_the_choice_of_a_frame_is_said(poses, tmp_path, capsys):
     (tmp_path / "CollectedData_me.csv").write_text("scorer,me,me\nbodyparts,nose,nose\ncoords,x,y\na.png,9,12\n")
     for flag, turns, says in (
         ("auto", 0, "keypoints taken as those of the image as stored, written as PNG; --exif upright takes the other"),
-        ("stored", 0, "images with an EXIF turn: 1, written as PNG, as stored, as the keypoints are"),
-        ("upright", 3, "images with an EXIF turn: 1, written as PNG, turned upright, as the keypoints are"),
+        ("stored", 0, "images with an EXIF orientation: 1, written as PNG, as stored, as the keypoints are"),
+        ("upright", 3, "images with an EXIF orientation: 1, written as PNG, turned upright, as the keypoints are"),
     ):
         out = tmp_path / flag
         assert main(["import", str(tmp_path / "CollectedData_me.csv"), "--out", str(out), "--exif", flag]) == 0
         assert says in capsys.readouterr().out
         assert np.array_equal(read_image(out / "images" / "a.png"), np.rot90(pixels, turns))
-    with pytest.raises(ValueError, match="images with an EXIF turn of which the labels do not say"):
+    with pytest.raises(ValueError, match="images with an EXIF orientation of which the labels do not say"):
         import_set([tmp_path / "CollectedData_me.csv"], tmp_path / "strict", strict=True)
 
 

@@ -389,17 +389,17 @@ ODD = {
     ),
     "keypoint NaN, labelled": (
         keypoint(3, NAN, NAN, 2),
-        ("labelled keypoints that are no numbers", 1),
+        ("labelled keypoints that are not numbers", 1),
         (4, 0, 3, "file"),
     ),
     "keypoint infinite": (
         keypoint(3, math.inf, 5, 2),
-        ("labelled keypoints that are no numbers", 1),
+        ("labelled keypoints that are not numbers", 1),
         (4, 0, 3, "file"),
     ),
-    "keypoint null": (keypoint(3, None, None, 2), ("labelled keypoints that are no numbers", 1), (4, 0, 3, "file")),
-    "keypoint huge": (keypoint(3, 10**400, 5, 2), ("labelled keypoints that are no numbers", 1), (4, 0, 3, "file")),
-    "keypoint of words": (keypoint(3, "x", "y", 2), ("labelled keypoints that are no numbers", 1), (4, 0, 3, "file")),
+    "keypoint null": (keypoint(3, None, None, 2), ("labelled keypoints that are not numbers", 1), (4, 0, 3, "file")),
+    "keypoint huge": (keypoint(3, 10**400, 5, 2), ("labelled keypoints that are not numbers", 1), (4, 0, 3, "file")),
+    "keypoint of words": (keypoint(3, "x", "y", 2), ("labelled keypoints that are not numbers", 1), (4, 0, 3, "file")),
     "flag 3": (keypoint(3, 9, 9, 3), ("flags other than 0, 1 and 2", 1), (4, 0, 4, "file")),
     "flag a high score": (keypoint(3, 9, 9, 0.9), ("flags other than 0, 1 and 2", 1), (4, 0, 4, "file")),
     "flag a low score": (keypoint(3, 9, 9, 0.1), ("flags other than 0, 1 and 2", 1), (4, 0, 3, "file")),
@@ -1264,7 +1264,7 @@ def test_exif_turned_images_are_counted(animals, capsys):
     for frame in ("stored", "upright"):
         assert cli.main(["check", str(animals), "--exif", frame]) == 0
         out = capsys.readouterr().out
-        assert out.count("images with an EXIF turn that their size does not settle: 1") == 1
+        assert out.count("images with an EXIF orientation that their size does not settle: 1") == 1
         assert f"frame of the {frame} image; choose with --exif stored or upright" in out
         (line,) = lines(read_coco(*find_split(animals, "train"), upright=frame == "upright"))
         assert f"settle: 1, keypoints are read in the frame of the {frame} image; choose with --exif" in line

@@ -114,14 +114,14 @@ def test_reasons_are_words():
     one = doubt([[10, 18]], [[1, 0]], [[0.5, 0.1]])
     said = doubt_reason(one, "views")
     assert said.startswith(
-        "the two answers lay 14 px apart in the mean over 3 epochs; never reliable at 1 of 2 keypoin"
+        "the two predictions were 14 px apart in the mean over 3 epochs; never reliable at 1 of 2 keypoin"
     )
     today = doubt_reason(one._replace(epochs=0), "views")
-    assert "crop and mirror image lie 14 px apart; below the confidence cut at 1 of 2" in today
+    assert "crop and mirror image are 14 px apart; below the confidence cut at 1 of 2" in today
     unflipped = doubt_reason(doubt([[np.nan] * 2], [[1, 0]], [[0.5, 0.1]], epochs=0), "views")
     assert unflipped.startswith("below the confidence cut at 1 of 2 keypoints")
     assert "below 0.2 at 1 of 2 keypoints" in doubt_reason(one, "confidence")
-    assert doubt_reason(one, "random") == "drawn by lot"
+    assert doubt_reason(one, "random") == "chosen at random"
 
 
 def test_of_each_kind_the_least_sure():
@@ -158,7 +158,7 @@ def test_suggestions(run, found):
     known = set(train.column("image_id")[labels.labelled].tolist())
     assert len(found.table) == 6 and not known & set(found.image_ids)
     assert found.table["score"].is_monotonic_decreasing and found.table["rank"].tolist() == [1, 2, 3, 4, 5, 6]
-    assert all("answers lay" in reason and "over 2 epochs" in reason for reason in found.table["reason"])
+    assert all("predictions were" in reason and "over 2 epochs" in reason for reason in found.table["reason"])
     again = suggest(run.folder, 6, strategy="views", device="cpu")
     assert again.table.equals(found.table) and np.array_equal(again.poses.truth.xy, found.poses.truth.xy)
     by_id = {i.id: n for n, i in enumerate(train.instances)}
@@ -189,7 +189,7 @@ def test_without_a_ledger(run, zoo, tmp_path):
         changes |= dict(ledger=False)
         other = sn.train_run("demo", data=zoo, out=tmp_path / name, **QUICK | changes)
         today = suggest(other.folder, 3, strategy="views", device="cpu")
-        assert "kept no ledger" in today.note and "\n" not in today.note
+        assert "has no ledger" in today.note and "\n" not in today.note
         assert all("below the confidence cut at" in reason for reason in today.table["reason"])
 
 
@@ -452,7 +452,7 @@ def test_in_the_explorer(run, found, tmp_path):
     found.save(tmp_path / "out")
     shown = explore(run.folder, most=8, suggested=tmp_path / "out").bundle["instances"]
     first = shown[: len(found.poses)]
-    assert {i["rank"] for i in first} == set(range(1, 7)) and all("answers lay" in i["reason"] for i in first)
+    assert {i["rank"] for i in first} == set(range(1, 7)) and all("predictions were" in i["reason"] for i in first)
     assert [i["rank"] for i in explore(run.folder, most=4).bundle["instances"]] == [0] * 4
     scarcenet("report", run.folder, "--out", tmp_path / "r.html", "--suggested", tmp_path / "out", "--animals", 8)
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
@@ -476,7 +476,7 @@ def test_a_sheet_shows_the_animal_and_not_its_box(found):
 def test_contact_sheet(found):
     figure = found.draw()
     assert len([ax for ax in figure.axes if ax.images]) == 6
-    assert figure.axes[0].get_xlabel().startswith("1. the two answers lay")
+    assert figure.axes[0].get_xlabel().startswith("1. the two predictions were")
 
 
 # ---- what it is worth

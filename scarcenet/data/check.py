@@ -24,7 +24,7 @@ from .values import HULL_MARGIN, describe
 # %% ../../nbs/data/check.ipynb #report
 @dataclass(frozen=True)
 class Report:
-    """Counts of a set, and what may be a mistake in it; `str()` of it is for people."""
+    """Counts of a data set, and what may be wrong in it; `str()` gives the text to read."""
 
     file: Path
     size: dict[str, int]  # images, instances, keypoints of each
@@ -50,10 +50,10 @@ class Report:
             f"left / right: {', '.join(self.sides) or NO_PAIRS}",
         ]
         if self.unpaired:
-            lines.append(f"look like one side each and have no partner: {', '.join(self.unpaired)}")
+            lines.append(f"keypoints that name a side but have no partner: {', '.join(self.unpaired)}")
         for source, count in self.boxes.items():
             made = "their keypoints, with a margin" if source == "keypoints" else f"source {source!r}"
-            lines.append(f"boxes made of {made}: {count}")
+            lines.append(f"boxes computed from {made}: {count}")
         if self.empty:
             lines.append(f"images without annotation: {self.empty}, {UNUSED}")
         for found in self.findings:
@@ -126,7 +126,7 @@ def _elsewhere(poses: PoseSet) -> np.ndarray:
 
 # %% ../../nbs/data/check.ipynb #warn
 def describe_turned(instances: Sequence[Instance]) -> str:
-    """One line on image files with an EXIF turn that their size does not settle; "" if there is none."""
+    """One line on images whose EXIF orientation the stated size does not settle; "" if there is none."""
     if not (turned := exif_turned(instances)):
         return ""
     frame = "upright" if instances[0].upright else "stored"
@@ -176,10 +176,10 @@ def describe_unused(poses: PoseSet, boxes: str) -> str:
 
 
 def warn_findings(poses: PoseSet, *, boxes: str = "", mirror: bool = True) -> None:
-    """Warn of what `check_poses` would report, in a line for each kind of trouble. Reads the headers of the images.
+    """Warn of what `check_poses` would report, one line per kind. Reads only the headers of the images.
 
-    `boxes`: where the boxes of images without annotation come from, see `Config`. `mirror`: whether
-    mirrored views are used, for which left and right have to be known.
+    `boxes`: source of the boxes of images without annotation, see `Config`. `mirror`: whether mirrored views are used,
+    which needs left-right pairs.
     """
     names, pairs = poses.schema.names, poses.schema.flip_pairs
     look = f"`scarcenet check {poses.file}` lists them"

@@ -34,7 +34,7 @@ from ..utils.files import read_json
 # %% ../../nbs/data/coco.ipynb #instance
 @dataclass(frozen=True)
 class Instance:
-    """One animal in one image: all that training may know of an unlabelled one."""
+    """One animal in one image: everything that training may know of an unlabelled animal."""
 
     id: int
     image_id: int
@@ -48,12 +48,12 @@ class Instance:
     # "file", or what it was made of: "keypoints" (their hull with a margin), "image" (all of it), "pose", "detector"
     box_source: str = "file"
     crop_box: tuple[float, float, float, float] | None = None  # what the network looks at, where that is not `box`
-    upright: bool = False  # size, box and keypoints are those of the image after its EXIF turn
+    upright: bool = False  # size, box and keypoints are those of the image after EXIF rotation
     video: str = ""  # the video that the image is a frame of: its frames stay in one split
 
 
 class Truth(NamedTuple):
-    """The keypoints of N instances. Held back from training, except for what `reveal` copies from it."""
+    """The keypoints of N instances. Training sees only what `reveal` copies from it."""
 
     xy: np.ndarray  # (N, K, 2) float32, image px; 0 where not annotated
     visible: np.ndarray  # (N, K) uint8, COCO's flag: 0 not annotated, 1 annotated but hidden, 2 visible
@@ -225,12 +225,12 @@ def read_coco(
     upright: bool = False,
     flip_pairs: Sequence[str] = (),
 ) -> PoseSet:
-    """Read a COCO keypoint file. Odd entries are read in their one sensible meaning, or skipped: see `findings`.
+    """Read a COCO keypoint file. Odd entries are repaired if their meaning is clear, or else skipped: see `findings`.
 
-    `images`: the images' folder (they are not opened); where None, the `data/` or `images/` beside the
-    file, or else beside its folder (`annotations/`). `schema`: instead of the one in the file, when it lacks sigmas.
-    `strict`: refuse the first odd entry. `upright`: sizes, boxes and keypoints are those of the images after their EXIF
-    turn. `flip_pairs`: texts LEFT:RIGHT of keypoint names, instead of the pairs that the file or the names give.
+    `images`: the images' folder (they are not opened); where None, the `data/` or `images/` beside the file, or else
+    beside its folder (`annotations/`). `schema`: instead of the one in the file, when it lacks sigmas. `strict`: raise
+    ValueError at the first odd entry. `upright`: sizes, boxes and keypoints are those of the images after EXIF
+    rotation. `flip_pairs`: texts LEFT:RIGHT of keypoint names, instead of the pairs that the file or the names give.
     Raises ValueError or FileNotFoundError: one line that names file and entry.
 
     Examples:

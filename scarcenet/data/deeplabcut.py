@@ -230,7 +230,7 @@ def _tables_of_project(project: Path, scorer: str, tally: Findings) -> list[Path
 
 
 def _scorer_in(table: Path) -> str:
-    """Who labelled, by the name of a table; "" if it does not say."""
+    """The scorer in the name of a table; "" if there is none."""
     return table.stem.removeprefix("CollectedData_") if table.stem.startswith("CollectedData_") else ""
 
 
@@ -288,9 +288,9 @@ def read_deeplabcut(path: Path | str, *, upright: bool | None = None, videos: Se
     """The labels of a DeepLabCut project (its folder or config.yaml) or of one table (csv, h5), Lightning Pose's too.
 
     Keypoints are image px as the tables have them: the centre of the first pixel is (0, 0). A labelled keypoint has
-    flag 2, an empty cell 0. Where csv and h5 are both there, the csv is read. Nothing is unpickled. Left/right pairs
-    are not said in such projects: `flip_pairs` is None. Nor is the frame of images with an EXIF turn: `upright` says
-    it, or else they are taken as stored. `videos`: further folders in which images and videos are looked for.
+    flag 2, an empty cell 0. Where csv and h5 are both there, the csv is read. Nothing is unpickled. Such projects state
+    no left-right pairs: `flip_pairs` is None. Nor do they state the frame of images with an EXIF orientation: `upright`
+    gives it; by default they are taken as stored. `videos`: further folders in which images and videos are looked for.
     ValueError of one line if no labels are found.
     """
     path, tally = Path(path), Findings()

@@ -52,8 +52,8 @@ def read_coco_source(
 ) -> LabelSource:
     """A COCO keypoint file, or a folder with one for each split, as a `LabelSource` with the folder's splits.
 
-    `upright`: keypoints of images with an EXIF turn refer to the turned image, where their size does not tell; None: to
-    the stored one, for want of a word on it. `strict`: see `read_coco`. `videos`: further folders in which images are
+    `upright`: for images with an EXIF orientation, whether keypoints refer to the rotated image, where the stated size
+    does not tell; None: to the stored one. `strict`: see `read_coco`. `videos`: further folders in which images are
     looked for. ValueError of one line if the splits have other keypoints, or nothing is labelled.
     """
     path, tally = Path(path), Findings()
@@ -122,7 +122,7 @@ def read_coco_source(
 
 
 def _read_turned(poses: PoseSet, files: tuple[Path, Path | None]) -> dict[Path, Instance]:
-    """The set's images, read as those after their EXIF turn, where it lacks sizes; an image's own is then no answer."""
+    """The set's images as EXIF rotates them, where the set states no sizes: an image's own size then tells nothing."""
     if not any(found.kind == SIZELESS for found in poses.findings):
         return {}
     other = read_coco(*files, upright=True)
@@ -136,34 +136,34 @@ UNDERSTOOD = (
 
 
 def _not_understood(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path}: {what}; understood are {UNDERSTOOD}; export one of these from your tool")
+    return ValueError(f"{path}: {what}; expected {UNDERSTOOD}; export one of these from your tool")
 
 
 class Reading(NamedTuple):
-    """How labels are to be read: what a user may say of them."""
+    """The options of the user for reading labels."""
 
-    upright: bool | None  # the frame of the keypoints in images with an EXIF turn, see `read_labels`
+    upright: bool | None  # the frame of the keypoints in images with an EXIF orientation, see `read_labels`
     videos: tuple[Path | str, ...]  # further folders in which videos and images are looked for
     strict: bool
 
     def coco(self, path: Path) -> LabelSource:
-        """COCO keypoints, read so."""
+        """COCO keypoints, read with these options."""
         return read_coco_source(path, upright=self.upright, strict=self.strict, videos=self.videos)
 
     def deeplabcut(self, path: Path) -> LabelSource:
-        """A project or table of DeepLabCut or Lightning Pose, read so."""
+        """A project or table of DeepLabCut or Lightning Pose, read with these options."""
         return read_deeplabcut(path, upright=self.upright, videos=self.videos)
 
     def sleap(self, path: Path) -> LabelSource:
-        """SLEAP's labels, read so."""
+        """SLEAP's labels, read with these options."""
         return read_sleap(path, upright=self.upright, videos=self.videos)
 
     def label_studio(self, path: Path, content: object) -> LabelSource:
-        """Label Studio's export, read so."""
+        """Label Studio's export, read with these options."""
         return read_label_studio(path, content, upright=self.upright, videos=self.videos)
 
     def ultralytics(self, path: Path) -> LabelSource:
-        """A pose folder, read so."""
+        """A pose folder, read with these options."""
         return read_ultralytics(path, upright=self.upright)
 
 
@@ -292,14 +292,13 @@ def _read_folder(path: Path, how: Reading) -> LabelSource:
 def read_labels(
     path: Path | str, *, upright: bool | None = None, strict: bool = False, videos: Sequence[Path | str] = ()
 ) -> LabelSource:
-    """The labels that a labelling tool wrote to `path`, a file or folder; which tool it was is found out.
+    """The labels that a labelling tool wrote to `path`, a file or folder; the tool is detected.
 
-    `upright`: whether keypoints of images with an EXIF turn refer to the turned image, where their size does not tell;
-    None: as is usual for the tool. `strict`: refuse the first odd entry. `videos`: further folders in which videos and
-    images are looked for, by the last parts of their paths.
-    Nothing that a file holds is run, and no path in it leads out of its folder; links that lie in the folder are
-    followed. Odd entries are skipped and counted in `findings`. FileNotFoundError or ValueError of one line that says
-    what to do, if it cannot be read.
+    `upright`: for images with an EXIF orientation, whether keypoints refer to the rotated image, where the stated size
+    does not tell; None: as the tool usually does. `strict`: refuse the first odd entry. `videos`: further folders in
+    which videos and images are looked for, by the last parts of their paths. No code in a file is run, and no path in
+    it is followed out of its folder; links in the folder are followed. Odd entries are skipped and counted in
+    `findings`. FileNotFoundError or ValueError of one line that says what to do, if it cannot be read.
 
     Examples:
         >>> source = read_labels(zoo)

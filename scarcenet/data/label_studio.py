@@ -180,12 +180,12 @@ def read_label_studio(
 ) -> LabelSource:
     """The labels of a Label Studio export (JSON, not JSON-MIN) with keypoints; its images lie beside or below it.
 
-    Keypoints are image px with flag 2. Label Studio counts from the edge of the image, we from the centre of its first
-    pixel: half a pixel is taken off. A rectangle is the box of the keypoints in it, its label their category. An image
-    without annotation is an unlabelled image. `content`: the file's content, if it has been read. `upright`: whether
-    places refer to images after their EXIF turn, where the size in the export does not tell; by default they do, as a
-    browser shows them. `videos`: further folders in which images are looked for. ValueError of one line if there is no
-    labelled image.
+    Keypoints are image px with flag 2. Label Studio counts from the edge of the image, this library from the centre of
+    its first pixel: half a pixel is subtracted. A rectangle is the box of the keypoints in it, its label their
+    category. An image without annotation is an unlabelled image. `content`: the file's content, if it has been read.
+    `upright`: whether places refer to images after EXIF rotation, where the size in the export does not tell; by
+    default they do, as a browser shows them. `videos`: further folders in which images are looked for. ValueError of
+    one line if there is no labelled image.
     """
     file, tally = Path(path), Findings()
     tasks = read_json(file) if content is None else content

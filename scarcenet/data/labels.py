@@ -113,7 +113,7 @@ def with_unannotated(poses: PoseSet) -> PoseSet:
 
 # %% ../../nbs/data/labels.ipynb #corrected
 def _find_animal(animal: Instance, poses: PoseSet, rows: list[int]) -> int | None:
-    """Which of the `rows` of a set shows `animal`: by its box, or by its id, which a tool may have changed."""
+    """The one of the `rows` of a set that shows `animal`, by its box or its id (which a tool may have changed)."""
     iou = {n: overlap(poses.instances[n].box, animal.box) for n in rows}
     same_id = {n: poses.instances[n].id == animal.id for n in rows}
     best = max(rows, key=lambda n: (iou[n], same_id[n]), default=None)
@@ -126,7 +126,7 @@ def _find_animal(animal: Instance, poses: PoseSet, rows: list[int]) -> int | Non
 
 
 class Corrected(NamedTuple):
-    """An animal as a person has labelled it."""
+    """An animal with its corrected labels."""
 
     animal: Instance  # `file`: its image, as if it were in the folder of the set's images
     xy: np.ndarray  # (K, 2) image px, in the set's order of keypoints
@@ -218,8 +218,8 @@ class _Images:
 def add_corrected(poses: PoseSet, corrected: Iterable[Corrected]) -> PoseSet:
     """The set with those animals last, as annotated instances, that are in images of it that have no keypoints.
 
-    What was there instead, an empty image or a box that overlaps the animal's by half, is left out. Their truth is
-    what a person has labelled.
+    What was there instead, an empty image or a box that overlaps the animal's by half, is left out. Their truth is the
+    corrected labels.
     """
     annotated = _Images(poses.instances)
     bare = [*poses.unannotated, *poses.empty]
@@ -255,7 +255,7 @@ def add_corrected(poses: PoseSet, corrected: Iterable[Corrected]) -> PoseSet:
 
 
 def read_corrected(file: Path | str, poses: PoseSet, data: object = None) -> Labels:
-    """The labels that a person has corrected, for the instances of `poses`; those that the file lacks are unlabelled.
+    """The corrected labels of a file for the instances of `poses`; instances that the file lacks are unlabelled.
 
     See `corrected_animals` and `labels_of`, whose errors it raises.
     """

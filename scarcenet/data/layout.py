@@ -34,11 +34,11 @@ PICKLES = {".pickle", ".pkl"}
 
 
 def foreign_source(path: Path | str) -> str:
-    """What to type for a file or folder that another tool wrote, in one line; "" where it is not known as such."""
+    """One line on how to import a file or folder of another tool; "" if it is none."""
     path = Path(path)
     end = path.suffix.lower()
-    typed = f"type `scarcenet import {path} --out my_set`, then `scarcenet check my_set`"
-    own_images = f"type `scarcenet import LABELS --unlabelled {path} --out my_set`, LABELS being what your tool wrote"
+    typed = f"import it with scarcenet import {path} --out my_set"
+    own_images = f"use scarcenet import LABELS --unlabelled {path} --out my_set, with the LABELS of your tool"
     if path.is_dir():
         what = _foreign_folder(path)
         if what in ("", "images") and (whole := whole_project(path)):
@@ -49,11 +49,11 @@ def foreign_source(path: Path | str) -> str:
     if end in IMPORTED:
         return f"{path}: {IMPORTED[end]}, not a COCO keypoint file: {typed}"
     if end in ARCHIVES:
-        return f"{path}: an archive: unpack it and give the folder"
+        return f"{path}: an archive; unpack it and give the folder"
     if end in PICKLES:
-        return f"{path}: a pickle file runs whatever is in it, so none is opened: give the csv or h5 file of the labels"
+        return f"{path}: pickle files can run code, so none is opened; give the csv or h5 file of the labels"
     if end == ".xml":
-        return f"{path}: XML, not a COCO keypoint file: export the labels in the format COCO Keypoints"
+        return f"{path}: XML, not a COCO keypoint file; export the labels as COCO Keypoints"
     if end in IMAGES | VIDEOS:
         return f"{path}: {'an image' if end in IMAGES else 'a video'} without labels: {own_images}"
     return ""
@@ -260,7 +260,7 @@ def end_alike(one: str, other: str) -> bool:
 
 
 def header_size(file: Path, upright: bool = False) -> tuple[int, int] | None:
-    """Width and height in an image's header, px, after its EXIF turn if `upright`; None if it cannot be read."""
+    """Width and height in an image's header, px, after EXIF rotation if `upright`; None if it cannot be read."""
     size = image_size(file)
     if size is None:
         return None

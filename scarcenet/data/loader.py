@@ -99,9 +99,9 @@ class CropCache:
 
 # %% ../../nbs/01_data.ipynb #read
 def read_image(file: Path, size: tuple[int, int] | None = None, *, upright: bool = False) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, as stored, or after its EXIF turn: whichever has the `size` (H, W) that the set says.
+    """(H, W, 3) uint8 RGB, as stored or after EXIF rotation: whichever has the `size` (H, W) that the set states.
 
-    Where both have it, or no size is said, `upright` decides. ValueError if it cannot be decoded to its end (Pillow,
+    If both have it, or no size is stated, `upright` decides. ValueError if it cannot be decoded to its end (Pillow,
     unlike cv2, does not fill what is missing of a torn file with grey), or has another size.
     """
     if not file.is_file():
@@ -274,7 +274,7 @@ class View(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one training step sees of B instances: their views, and the keypoints that training may know."""
+    """The input of one training step for B instances: their views, and the labels that training may use."""
 
     strong: View
     xy: Tensor  # (B, K, 2) image px: truth for labelled instances, pseudo-labels for the others
@@ -322,7 +322,7 @@ def make_batch(
 # %% ../../nbs/01_data.ipynb #train
 @dataclass(frozen=True)
 class TrainingSet:
-    """All that training knows: no truth of an unlabelled instance is in here."""
+    """Everything that training sees; it holds no truth of an unlabelled instance."""
 
     schema: KeypointSchema
     crops: CropCache
@@ -336,7 +336,7 @@ def seeded(*numbers: int) -> Generator:
 
 
 def steps_per_epoch(instances: int, batch: int, repeat: int = 1) -> int:
-    """Steps of an epoch that shows so many instances `repeat` times, in full batches of `batch`."""
+    """Steps of an epoch that shows each of `instances` `repeat` times, in full batches of `batch`."""
     return math.ceil(instances * repeat / batch)
 
 

@@ -92,7 +92,7 @@ def locate(
 ) -> Frames:
     """Where the frames of one sleap-io video are, for the labels in `file`, by `places`.
 
-    `is_lost`: its own file is not there. `upright`: whether image files are taken after their EXIF turn; None: as
+    `is_lost`: its own file is not there. `upright`: whether image files are taken after EXIF rotation; None: as
     stored, for want of a word on it.
     """
     from sleap_io import Video
@@ -114,7 +114,7 @@ def locate(
 
         return Frames(name=name, group=group, find=embedded, file=source.file if source else None)
     if is_lost:
-        reason = "another video's file has its name: put each into its own folder"
+        reason = "another video has the same name; put each into its own folder"
         return Frames(name=f"{name} ({reason})", group=group, find=lambda frame: None)
     if isinstance(video.filename, list):
         own = "" if len(video.filename) == 1 else group
@@ -221,7 +221,7 @@ def read_sleap(path: Path | str, *, upright: bool | None = None, videos: Sequenc
 
     Order, edges and symmetries are the skeleton's; `flip_pairs` is None where it states no symmetry. Keypoints are
     image px, with flag 2, or 0 for those that are missing or marked as not visible. Only what people labelled is
-    taken. `upright`: image files are taken after their EXIF turn. `videos`: further folders in which videos and images
+    taken. `upright`: image files are taken after EXIF rotation. `videos`: further folders in which videos and images
     are looked for. ValueError of one line if sleap-io is not installed, or no labelled frame is there.
     """
     file, tally = Path(path), Findings()

@@ -235,7 +235,7 @@ def _watched(
 def _warn_if_short(video: Video, there: int) -> None:
     """Say that a video holds fewer frames than it says; some formats only estimate their number, so 1 % is nothing."""
     if there < 0.99 * video.frames - 1:
-        said = f"expected the {video.frames} frames that it says it has, got {there}: cut short?"
+        said = f"expected {video.frames} frames as the video states, got {there}: cut short?"
         warnings.warn(f"{video.file}: {said} Frames are chosen from those {there}", stacklevel=2)
 
 

@@ -95,7 +95,7 @@ class Bench:
 
 
 def set_up(config: Config, folder: Path, instances: int) -> Bench:
-    """A run on `instances` embedded animals, drawn in `folder`, of which every other one is labelled.
+    """A run on `instances` animals of the zoo, drawn in `folder`; every other one is labelled.
 
     Its pseudo-labels are noise around the truth.
     """

@@ -95,7 +95,7 @@ def method_scores(rows: Iterable[Mapping], labels: str, method: str, column: str
 def method_gains(
     rows: Sequence[Mapping], labels: str, method: str, *, column: str = "teacher_AP", baseline: str = "supervised"
 ) -> dict[int, float]:
-    """What a method has more than its baseline with the same seed, by seed; seeds without a baseline are left out."""
+    """The gain of a method over its baseline with the same seed, by seed; seeds without a baseline are left out."""
     scores = method_scores(rows, labels, method, column)
     reference = method_scores(rows, labels, baseline, column)
     return {seed: value - reference[seed] for seed, value in scores.items() if seed in reference}

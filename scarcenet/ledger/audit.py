@@ -49,7 +49,7 @@ def decision_table(frame: pd.DataFrame, by: str = "decision") -> pd.DataFrame:
 
     `count` of keypoints; `coverage`, their share of the epoch's annotated ones; `precision`, the share of right targets
     among those that are used (by decision: also what the targets that are not used would be worth); `pck` of the
-    student's answers.
+    student's predictions.
     """
     known = frame[frame["target_right"].notna()]
     used = known["decision"].isin(_USED) | (by == "decision")
@@ -82,7 +82,7 @@ def label_outcomes(frame: pd.DataFrame) -> pd.Series:
 def wrong_targets(frame: pd.DataFrame) -> pd.Series:
     """Which keypoints of `score_decisions`'s table had a wrong target in use.
 
-    Their labels were wrongly accepted, or right and replaced by a wrong answer.
+    Their labels were wrong and accepted, or right and replaced by a wrong prediction.
     """
     return frame["decision"].isin(_USED) & (frame["target_right"] == 0)
 
@@ -136,7 +136,7 @@ def draw_outcomes(frame: pd.DataFrame) -> Figure:
 
 # %% ../../nbs/ledger/audit.ipynb #flow
 def draw_flow(frame: pd.DataFrame, most: int = 6) -> Figure:
-    """How keypoints move between the decisions, over at most so many epochs, the first and the last among them."""
+    """How keypoints move between the decisions, over at most `most` epochs, including the first and the last."""
     epochs = sorted(frame["epoch"].unique())
     epochs = [epochs[i] for i in np.unique(np.linspace(0, len(epochs) - 1, most).round().astype(int))]
     ranked = (Decision.RELIABLE, Decision.REUSABLE, Decision.TEACHER_ONLY, Decision.IGNORED)
@@ -185,7 +185,7 @@ def what_if(
 
     A row for each of the `values` of a rule of `redecide` (keep, agree_px, drop, agree_bias) and each decision:
     `coverage`, its share of the annotated keypoints, `precision`, the share of right targets, and `pck`, the share of
-    right answers of the student.
+    right predictions of the student.
     """
     record = ledger.record(epoch)
     label_right = hits(poses, ledger.label_xy.numpy())

@@ -156,14 +156,14 @@ function whyNotReliable(f, rules) {
 function verdict(f, labelled, rules, agree, kinds) {
   const loss = whyNotReliable(f, rules);
   const answers = Number.isFinite(f.distance)
-    ? `its two answers differ by ${f.distance.toFixed(2)} heatmap px` : "its two answers cannot be compared";
+    ? `its two predictions differ by ${f.distance.toFixed(2)} heatmap px` : "its two predictions cannot be compared";
   const unused = labelled ? "this keypoint is not annotated" : `${loss} and ${answers}`;
   const why = {
-    [TRUTH]: "A person placed this label, so it is used as it is",
+    [TRUTH]: "Human label, used as it is",
     [RELIABLE]: "The pseudo-label is used, because its loss is among the smallest of its batch",
-    [REUSABLE]: `The network's own answer replaces the pseudo-label: ${loss}, `
-      + `but two answers agree within ${agree} heatmap px`,
-    [TEACHER_ONLY]: `No label is used, only the teacher's answer is: ${unused}`,
+    [REUSABLE]: `The student's prediction replaces the pseudo-label: ${loss}, `
+      + `but two predictions agree within ${agree} heatmap px`,
+    [TEACHER_ONLY]: `No label is used, only the teacher's prediction: ${unused}`,
     [IGNORED]: `Left out of the training step: ${unused}`,
   }[f.d];
   const truth = f.d < REUSABLE ? "" : { 0: "; the target is wrong", 1: "; the target is right" }[f.right] || "";
@@ -371,7 +371,7 @@ function makeImage(context) {
     const { category, family, file, labelled, rank, reason } = animal;
     const wanted = rank ? ` · suggested, no. ${rank}: ${reason}` : "";
     caption.replaceChildren(h("b", {}, category),
-      ` (${family}) · ${file} · ${labelled ? "labelled by a person" : "unlabelled"}${wanted}`);
+      ` (${family}) · ${file} · ${labelled ? "human labels" : "unlabelled"}${wanted}`);
     const all = names.map((_, k) => facts(i, k));
     const onRight = (bone) => bone.some((k) => sides[k] === "right");
     const lines = bones.filter((bone) => bone.every((k) => known(all[k].target)))

@@ -221,11 +221,11 @@ class Explorer(anywidget.AnyWidget):
 def explore(
     run: Path | str, most: int = 200, seed: int = 0, suggested: Path | str | None = None, data: Path | str | None = None
 ) -> Explorer:
-    """A widget to look around in a run's ledger, for a notebook: every decision, and other thresholds.
+    """A notebook widget that shows every decision in a run's ledger, and what other thresholds would decide.
 
     It has up to `most` animals of the run: those with most wrong targets first, the others drawn at random (`seed`).
     `suggested`: a folder that `scarcenet suggest` has written; its images come before all, and can be filtered.
-    The set that the run was trained on must still be in its place, or in `data`. FileNotFoundError where there is no
+    The run's data set must still be in its place, or in `data`. FileNotFoundError where there is no
     ledger; ValueError if its files are damaged, or `most` is less than 1.
 
     >>> explorer = explore(run, most=5)
@@ -315,7 +315,7 @@ def report_page(
     """One HTML page about a run of stage 3, with everything in it, from the template report.html.
 
     The explorer (of up to `most` animals, as in `explore`), the audit against held-back truth with its worst cases,
-    and the curves. `data`: where the run's set is now, if it is no longer where it was.
+    and the curves. `data`: folder of the run's data set, if it has moved.
     """
     run, ledger = Path(run), open_ledger(run, data)
     poses = find_poses(ledger.config, run, split="train", unannotated=True)

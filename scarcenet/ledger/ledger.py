@@ -34,7 +34,7 @@ _DECISIONS = [d.name.lower() for d in sorted(Decision)]  # of -1 (ignored) to 3 
 
 @dataclass(frozen=True)
 class Ledger:
-    """The ledger of a run: N instances with K keypoints each, and the epochs of stage 3 that are on record.
+    """The ledger of a run: N instances with K keypoints each, and the recorded epochs of stage 3.
 
     `open_ledger` makes it. Positions are in image px; epochs count from 1.
 
@@ -55,11 +55,11 @@ class Ledger:
 
     @property
     def labelled(self) -> Tensor:
-        """(N,) bool: labelled by a person."""
+        """(N,) bool: which instances have human labels."""
         return torch.from_numpy(self.instances["labelled"].to_numpy().copy())
 
     def epoch(self, asked: int | None = None) -> int:
-        """The epoch that was asked for, or the last one; ValueError if it is not on record."""
+        """The epoch that was asked for, or the last one; ValueError if it is not recorded."""
         epoch = self.epochs[-1] if asked is None and self.epochs else asked
         if epoch is None or epoch not in self.epochs:
             recorded = f"epochs {self.epochs[0]} to {self.epochs[-1]} are" if self.epochs else "none is yet"
@@ -71,19 +71,19 @@ class Ledger:
         return keep_rate(epoch - 1, self.config.keep_epochs, self.config.keep_floor)
 
     def record(self, epoch: int) -> Record:
-        """What became of every keypoint in an epoch; ValueError if it is not on record."""
+        """What became of every keypoint in an epoch; ValueError if it is not recorded."""
         return read_epoch(self.folder, self.epoch(epoch), self.label_xy)
 
     def explain(self, instance: int, keypoint: str | int, epoch: int | None = None) -> str:
         """What became of a keypoint (its name or number) of an instance, and why: a few lines of text.
 
-        Of the last epoch on record if `epoch` is None. ValueError if there is no such instance, keypoint or epoch.
+        Of the last recorded epoch if `epoch` is None. ValueError if there is no such instance, keypoint or epoch.
         """
         return explain_keypoint(self, instance, keypoint, self.epoch(epoch))
 
 
 def open_ledger(run: Path | str, data: Path | str | None = None) -> Ledger:
-    """The ledger in a run's folder: of a run that is finished, or in stage 3. `data`: where its set is now, if moved.
+    """Open the ledger of a run that is finished or in stage 3. `data`: folder of its data set, if it has moved.
 
     FileNotFoundError if there is none, ValueError if its files are damaged or do not belong together.
 
@@ -236,8 +236,8 @@ def explain_keypoint(ledger: Ledger, instance: int, keypoint: str | int, epoch: 
     decision = row["decision"].replace("_", " ").upper()
     lines = [f"{animal}, {ledger.names[k]}, epoch {epoch} of {ledger.config.epochs}: {decision}"]
     if row["labelled"]:
-        missing = "The animal is labelled, but this keypoint is not annotated: there is no label to learn from."
-        lines.append("A person's label: it is used as it is." if row["has_label"] else missing)
+        missing = "The animal is labelled, but this keypoint is not annotated: it has no label."
+        lines.append("Human label: used as it is." if row["has_label"] else missing)
         return "\n".join(lines)
     used = ledger.score[~ledger.labelled][ledger.has_label[~ledger.labelled]]
     cut = f"the cut at {float(used.min()) if len(used) else float('inf'):.3f}"
@@ -256,9 +256,9 @@ def explain_keypoint(ledger: Ledger, instance: int, keypoint: str | int, epoch: 
     if row["decision"] != "reliable":
         agree_px = ledger.config.agree_px
         moved = np.hypot(row["student_x"] - row["label_x"], row["student_y"] - row["label_y"])
-        replaced = f"within {agree_px}: the label was replaced by the answer on the plain view, {moved:.1f} px away."
+        replaced = f"within {agree_px}: the prediction on the plain view, {moved:.1f} px away, replaced it."
         verdict = replaced if row["distance"] < agree_px else f"not within {agree_px}: no label is used."
-        answers = "The student's answers on the weak and on the plain view were"
+        answers = "The student's predictions on the weak and plain views were"
         lines.append(f"{answers} {row['distance']:.2f} heatmap px apart, {verdict}")
     return "\n".join(lines)
 
@@ -277,9 +277,9 @@ def draw_explained(
     epoch: int,
     truth: np.ndarray | None = None,
 ) -> Figure:
-    """One keypoint: every answer about it in an epoch, on its `image` (h, w, 3), and its decisions over all epochs.
+    """Draw every prediction of one keypoint in an epoch on its `image` (h, w, 3), and its decisions over all epochs.
 
-    `truth` (2,), image px, is drawn if it is given: it is for the reader, the network has not seen it.
+    `truth` (2,), image px, is drawn if given; the network has not seen it.
     """
     k, box = find_keypoint(ledger, instance, keypoint), ledger.instances.iloc[instance]
     history = read_frame(ledger, instance=instance).query("keypoint == @k").set_index("epoch")
@@ -332,7 +332,8 @@ def accepted_labels(ledger: Ledger, poses: PoseSet, epoch: int) -> dict:
 
     `poses`: the instances of the run; their truth is not read. Keypoints that are truth, reliable or reusable lie at
     their target (image px), with flag 2; the others have flag 0. Annotations also have `keypoint_scores` and
-    `keypoint_decisions` (K), and `labelled`: by a person. All areas are the boxes'. ValueError for other instances.
+    `keypoint_decisions` (K), and `labelled`: whether the labels are human. All areas are the boxes'. ValueError for
+    other instances.
     """
     if poses.column("id").tolist() != ledger.instances["id"].tolist():
         raise ValueError(f"{poses.file}: not the {len(ledger.instances)} instances of {ledger.folder}")

@@ -29,7 +29,7 @@ NETWORKS: dict[str, Callable[[int], PoseNet]] = {
 
 
 def build_network(config: Config, keypoints: int) -> nn.Module:
-    """The network of `config.network` for so many keypoints; ValueError for an unknown name.
+    """The network `config.network` for `keypoints` keypoints; ValueError for an unknown name.
 
     Its weights are drawn from `config.seed`, then overwritten by those of `config.backbone` and `config.weights`.
     """
@@ -49,7 +49,7 @@ def build_network(config: Config, keypoints: int) -> nn.Module:
 
 # %% ../../nbs/models/build.ipynb #info
 def describe_network(config: Config, schema: KeypointSchema) -> ModelInfo:
-    """What the file of a network says that was trained with `config` for the keypoints of `schema`."""
+    """The metadata for the weights file of a network trained with `config` for the keypoints of `schema`."""
     return ModelInfo(
         schema=schema,
         network=config.network,

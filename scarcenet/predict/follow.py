@@ -68,9 +68,10 @@ def hulls(answers: Answers, images: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def look_again(network: PoseNetwork, images: Sequence[np.ndarray], boxes: np.ndarray) -> tuple[np.ndarray, Answers]:
-    """Boxes (N, 4) and answers for N images, of which each is looked at once, twice, or three times.
+    """Boxes (N, 4) and predictions for N images; each is cropped once, twice or three times.
 
-    First at its `boxes` (N, 4); where the animal is not there, at the whole; where its hull is elsewhere, at the hull.
+    First to its `boxes` (N, 4); if the animal is not there, to the whole image; if its hull lies elsewhere, to the
+    hull.
     """
     boxes, whole = boxes.astype(np.float32), whole_boxes(images)
     answers = network(images, boxes)
@@ -244,7 +245,7 @@ Looker = WholeImages | LastPose | Boxed
 
 
 def open_looker(boxes: str, network: PoseNetwork, sources: Sequence[Source]) -> Looker:
-    """What looks as `boxes` says: image, pose, detector, or a COCO file; an error of one line for anything else."""
+    """The finder of animals for `boxes`: image, pose, detector, or a COCO file; one-line error for anything else."""
     if boxes == "image":
         return WholeImages(network)
     if boxes == "pose":

@@ -71,10 +71,10 @@ def find_rows(
 
 # %% ../../nbs/predict/stream.ipynb #predictions
 class Predictions:
-    """The poses in images and videos: found while they are asked for, kept in a file, and never found twice.
+    """The poses in images and videos: predicted while iterating, kept in a file, never predicted twice.
 
     Iterating over them yields the `Poses` of one frame after the other. `boxes`: image, pose, detector, or a COCO file
-    (`predict/follow`); `upright`: images after their EXIF turn. Errors are ValueErrors and FileNotFoundErrors of one
+    (`predict/follow`); `upright`: images after EXIF rotation. Errors are ValueErrors and FileNotFoundErrors of one
     line; a video that was cut short, or one of many images that cannot be read, is a warning.
 
     Examples:
@@ -99,12 +99,12 @@ class Predictions:
 
     @property
     def frames(self) -> int:
-        """How many frames the sources promise to have; 0 if one does not say."""
+        """How many frames the sources state; 0 if one states none."""
         return sum(s.frames for s in self.sources) if all(s.frames for s in self.sources) else 0
 
     @property
     def table(self) -> PoseTable:
-        """What has been found up to now."""
+        """The poses predicted so far."""
         if self._table is None:
             self._table = PoseTable(len(self.schema), about=self._about())
         return self._table
@@ -136,9 +136,8 @@ class Predictions:
         """Write all poses to a new file, in the format that its ending names (`predict/save`); returns its path.
 
         A path without an ending is a folder, new or not, with a file for each video, and one for all images: .csv, or
-        as `format` says. `draw`: at the same time a drawing, an .mp4 or a folder. An interruption leaves files of what
-        is done; with `resume` the same call goes on from there, and ends with what it would have ended with.
-        `progress`: show a bar.
+        as `format` says. `draw`: at the same time a drawing, an .mp4 or a folder. An interruption leaves files of the
+        finished frames; the same call with `resume` continues from there, with the same result. `progress`: show a bar.
         """
         path, drawings = Path(path), [Path(draw)] if draw else []
         files = output_files(path, self.sources, format)
@@ -171,7 +170,7 @@ class Predictions:
     def draw(self, path: str | os.PathLike, *, progress: bool = False) -> Path:
         """Write the frames with their poses drawn into them, as an .mp4 or into a folder; returns its path.
 
-        An interruption leaves what is done.
+        An interruption leaves the finished frames.
         """
         self._refuse(Path(path))
         self._run(path, progress)

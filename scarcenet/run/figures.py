@@ -168,26 +168,26 @@ FIGURES = {
     "curves": (
         "Curves",
         "The loss while training, and AP on the val split where it was measured. "
-        "Val truth is used for this figure only: nothing is chosen by it.",
+        "The val split is used for this figure only, not to choose a network.",
     ),
     "decisions": (
         "What became of the keypoints",
-        "Truth was labelled by a person; reliable pseudo-labels had a small loss; reusable ones were replaced by the "
-        "student's answer; of teacher only, the label is not used. On the right, the held-back truth of the training "
-        "images judges the targets; training never sees it.",
+        "Truth: human labels. Reliable: pseudo-labels of small loss. Reusable: replaced by the student's prediction. "
+        "Teacher only: the label is not used. Right panel: share of right targets, by the held-back truth of the "
+        "training images, which training never sees.",
     ),
     "best": (
         "Best poses",
         "On the test split. Dots: predicted; a white line leads to the truth, a cross. The animal's own left is "
         "orange, its right blue. Above each image: species and OKS.",
     ),
-    "worst": ("Worst poses", "As above, from the other end."),
+    "worst": ("Worst poses", "As above, the poses of lowest OKS."),
 }
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>ScarceNet run {name}</title>
 <style>{style}</style><h1>ScarceNet run <i>{name}</i></h1><p class="note">{facts}</p>{body}
 <p class="note">Everything in numbers: config.json, metrics.csv, summary.json, pseudo.json and the folder ledger.
-<code>scarcenet report</code> makes a page of it, to look around in: every decision, and other thresholds.</p></html>"""
+<code>scarcenet report</code> makes an interactive page: every decision, and other thresholds.</p></html>"""
 
 # %% ../../nbs/run/figures.ipynb #table
 def html_table(rows: dict[str, dict], columns: Sequence[str], title: str = "") -> str:

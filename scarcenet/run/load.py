@@ -71,7 +71,7 @@ def find_boxes(config: Config, home: Path, progress: bool = False) -> None:
 def load_run_data(config: Config, home: Path, progress: bool = False) -> RunData:
     """Read a set's splits, draw the labelled instances and decode the images: without stage 3 only theirs.
 
-    `home`: the run's folder, where the embedded set, an imported source and boxes that are found are kept. Raises
+    `home`: the run's folder, where the zoo, an imported source and detected boxes are kept. Raises
     ValueError or FileNotFoundError, one line, for files that are missing, damaged or do not fit each other.
     """
     device = pick_device(config.device)
@@ -100,7 +100,7 @@ def load_run_data(config: Config, home: Path, progress: bool = False) -> RunData
 
 
 def warn_of_set(config: Config, run_data: RunData) -> None:
-    """Warn of what may be a mistake in a set, in a line for each kind, and of held-out images that flatter."""
+    """Warn of what may be wrong in a set, one line per kind, and of held-out images that make scores too high."""
     train = run_data.train
     warn_findings(train, boxes=config.boxes, mirror=config.mirror)
     parts = {"train": train, **run_data.evaluated}

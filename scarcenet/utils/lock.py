@@ -48,7 +48,7 @@ def read_holder(lock: Path) -> Holder | None:
 
 # %% ../../nbs/utils/lock.ipynb #alive
 def is_held(lock: Path, holder: Holder | None) -> bool:
-    """Whether the holder that `lock` names is at work; of one on another machine, this watches for signs of life."""
+    """Whether the holder that `lock` names still runs; on another machine: whether it still touches the lock."""
     if holder and holder.host == HOST:
         with suppress(psutil.Error):
             started = psutil.Process(holder.process).create_time()
@@ -143,4 +143,4 @@ def locked(lock: Path, wait: bool = False) -> Iterator[None]:
 def _in_use(lock: Path, holder: Holder | None) -> str:
     """What is said of a lock that another process holds."""
     who = f"process {holder.process} on {holder.host}" if holder else "another process"
-    return f"{lock.parent}: in use by {who}; wait for its end, or choose another --out"
+    return f"{lock.parent}: in use by {who}; wait until it ends, or choose another --out"

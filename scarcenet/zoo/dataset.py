@@ -193,7 +193,7 @@ def claim(folder: Path, recipe: dict) -> bool:
 
 
 def draw_all(jobs: list[tuple[int, int]], folder: Path, seed: int, workers: int) -> list[tuple[dict, list[dict]]]:
-    """What `store` returns for every one of `jobs`, in their order, made by so many processes."""
+    """What `store` returns for every one of `jobs`, in their order, made by `workers` processes."""
     work = partial(store, folder=folder, seed=seed)
     bar = partial(watched, title="drawing the zoo", total=len(jobs), unit="images", shown=not in_notebook())
     if workers == 1:

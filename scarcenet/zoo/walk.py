@@ -214,7 +214,7 @@ def _shadow(thing: Thing, like: Body) -> Body:
 
 
 def film_frames(film: Film, frames: int) -> Iterator[tuple[np.ndarray, WalkTruth]]:
-    """The first so many frames of a film, one after the other; none is kept."""
+    """Yield the first `frames` frames of a film."""
     if not 0 < frames < 10**6:
         raise ValueError(f"zoo: frames: expected 1 to 999999, got {frames}")
     return (film_frame(film, n) for n in range(frames))
