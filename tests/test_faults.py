@@ -372,7 +372,9 @@ def test_corrected_labels_of_others(place, capsys):
     refused(capsys, train("--labels", "unknown.json"), "unknown.json", "annotation 99999", "no animal of")
     twice = dict(content, annotations=[content["annotations"][0], dict(content["annotations"][0], id=99999)])
     Path("twice.json").write_text(json.dumps(twice))
-    refused(capsys, train("--labels", "twice.json"), "twice.json", "annotation 99999", "of the same animal")
+    refused(
+        capsys, train("--labels", "twice.json"), "twice.json", "annotation 99999", "expected one annotation of animal"
+    )
     other = json.loads(json.dumps(content))
     for category in other["categories"]:
         category["keypoints"] = [n + "_x" for n in category["keypoints"]]
