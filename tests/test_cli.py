@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -278,6 +279,13 @@ def test_demo(home, tmp_path, monkeypatch, capsys):
     for row in ("stage 1 ", "supervised, as many steps", "ScarceNet student", "ScarceNet teacher"):
         assert row in out
     assert f"page: {tmp_path / 'demo' / 'index.html'}" in out and (tmp_path / "demo" / "index.html").is_file()
+    # the page begins with the same animals as both networks see them, chosen without a look at any result
+    page = (tmp_path / "demo" / "index.html").read_text(encoding="utf-8")
+    order = [page.index(f"figures/{name}.png") for name in ("compare", "keypoints", "curves", "decisions")]
+    assert [*order, page.index("<table>")] == sorted([*order, page.index("<table>")]) and page.index("<h2>") < order[0]
+    assert re.search(r"<h2>Supervised beside ScarceNet</h2><img[^>]*><p[^>]*>.*no prediction was looked at", page)
+    for name in ("compare", "keypoints"):
+        assert (tmp_path / "demo" / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     # an error of the process that trains the baseline is this one's; what is finished is not trained again
     checkpoint = tmp_path / "demo" / "baseline" / "checkpoint.safetensors"
     checkpoint.write_bytes(b"torn")

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from scarcenet.experiments.ablation import read_grid
+from scarcenet.relabel import DECISION_COLOURS
+from scarcenet.run.figures import METHOD_COLOURS
 from scarcenet.run.folder import read_rows
+from scarcenet.schema import SIDE_COLOURS
 from scarcenet.utils.files import read_json
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
@@ -111,11 +114,48 @@ def test_no_text_is_under_8_pt(file):
     assert [size for size in sizes if float(size) < 8] == []
 
 
-@by_name([f for f in METHOD if f.stem[:2] not in ("06", "07")])
+@by_name([f for f in COURSE if f.stem[:2] != "06"])
 def test_colours_of_decisions_mean_decisions(file):
     """Figures take them from `DECISION_COLOURS`; nothing else has them."""
     code = "\n".join(cells(file, "code")).lower()
     assert [colour for colour in ("#0072b2", "#e69f00", "#cc79a7") if colour in code] == []
+
+
+def test_colours_of_sides_mean_sides():
+    """Every figure takes them from `SIDE_COLOURS`."""
+    for file in set(NBS.rglob("*.ipynb")) - {NBS / "core" / "schema.ipynb"}:
+        code = "\n".join(cells(file, "code")).lower()
+        assert [file.stem for side in ("left", "right") if SIDE_COLOURS[side].lower() in code] == []
+
+
+def lightness(colours, blind=None) -> np.ndarray:
+    """CIE L*a*b* (N, 3) of colours #rrggbb, as the eye without red or green cones sees them (Machado et al. 2009)."""
+    rgb = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colours]) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    if blind is not None:
+        linear = (linear @ np.array(blind).T).clip(0, 1)
+    xyz = linear @ np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]).T
+    x, y, z = (np.where(v > 0.008856, np.cbrt(v), 7.787 * v + 16 / 116) for v in (xyz / (0.9505, 1, 1.089)).T)
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+
+
+@pytest.mark.parametrize(
+    "blind",
+    [
+        None,
+        [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
+        [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
+    ],
+    ids=["all cones", "no red", "no green"],
+)
+def test_sides_decisions_and_methods_are_told_apart(blind):
+    """By everybody: of colours that differ by 20 in L*a*b*, nobody takes one for the other."""
+    sides, decisions, methods = (list(p.values()) for p in (SIDE_COLOURS, DECISION_COLOURS, METHOD_COLOURS))
+    left, right, middle, *others = lightness([*sides, *decisions, METHOD_COLOURS["scarcenet"]], blind)
+    for side in (left, right):
+        assert min(np.linalg.norm(side - other) for other in (*others, middle)) > 20
+    assert np.linalg.norm(left - right) > 75 and abs(left - right)[0] > 25  # in print without colours, too
+    assert not set(methods) & {*sides, *decisions}
 
 
 # ---- the numbers of 12_results, from the files that it cites

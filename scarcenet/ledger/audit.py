@@ -60,9 +60,9 @@ def decision_table(frame: pd.DataFrame, by: str = "decision") -> pd.DataFrame:
 
 # %% ../../nbs/ledger/audit.ipynb #outcomes
 OUTCOMES = {
-    "kept": "#0072B2",
-    "rescued": "#E69F00",
-    "left alone": "#CC79A7",
+    "kept": DECISION_COLOURS[Decision.RELIABLE],
+    "rescued": DECISION_COLOURS[Decision.REUSABLE],
+    "left alone": DECISION_COLOURS[Decision.TEACHER_ONLY],
     "lost": "#999999",
     "wrongly accepted": "#D55E00",
 }

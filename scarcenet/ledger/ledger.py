@@ -264,7 +264,8 @@ def explain_keypoint(ledger: Ledger, instance: int, keypoint: str | int, epoch: 
 
 # %% ../../nbs/ledger/ledger.ipynb #draw
 # marker and colour of each position that is on record
-ANSWERS = {"label": ("X", "#333"), "weak": ("v", "#56B4E9"), "student": ("^", "#56B4E9"), "teacher": ("D", "#D55E00")}
+ANSWERS = {"label": ("X", "#333"), "weak": ("v", "#56B4E9"), "student": ("^", "#56B4E9")}
+ANSWERS["teacher"] = ("D", DECISION_COLOURS[Decision.TEACHER_ONLY])
 _COLOURS = {d.name.lower(): colour for d, colour in DECISION_COLOURS.items()}
 
 
@@ -306,19 +307,19 @@ def draw_explained(
     animal.set_ylim(min(y + height + margin, rows - 0.5), max(y - margin, -0.5))
     animal.set_title(f"{ledger.names[k]}, {box['category']}, epoch {epoch}", fontsize=9, parse_math=False)
     handles = animal.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=6, frameon=False, fontsize=7)
+    figure.legend(*handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
 
     decisions.bar(epochs, 1, width=0.94, color=[_COLOURS[d] for d in history["decision"]])
     decisions.axvline(epoch, color="#333333", lw=1)
     decisions.set(yticks=[], title="decision")
     rank, distance = history["rank"].add(1) / history["quota"], history["distance"] / ledger.config.agree_px
-    numbers.plot(epochs, rank, "o-", ms=4, color="#0072B2", label="rank of the loss / quota")
-    numbers.plot(epochs, distance, "s-", ms=4, color="#E69F00", label="distance / agree_px")
+    numbers.plot(epochs, rank, "o-", ms=4, color=_COLOURS["reliable"], label="rank of the loss / quota")
+    numbers.plot(epochs, distance, "s-", ms=4, color=_COLOURS["reusable"], label="distance / agree_px")
     numbers.axhline(1, color="#333333", lw=1)
     numbers.set(xlabel="epoch", title="below the line: passes")
     numbers.set_yscale("log", base=2)
     numbers.yaxis.set_major_formatter("{x:.3g}")
-    numbers.legend(frameon=False, fontsize=7)
+    numbers.legend(frameon=False, fontsize=8)
     for ax in (decisions, numbers):
         ax.title.set_fontsize(9)
         ax.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)

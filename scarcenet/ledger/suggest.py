@@ -37,7 +37,7 @@ from ..record import by_instance
 from ..relabel import Decision
 from ..run.figures import save_figure
 from ..run.folder import read_rows, write_rows
-from ..schema import draw_pose
+from ..schema import draw_pose, side_legend
 from ..utils.device import AmpModel, number_formats
 from ..utils.files import plain_cell
 
@@ -332,6 +332,7 @@ def draw_suggested(poses: PoseSet, reasons: list[str], columns: int = 4) -> Figu
             draw_pose(ax, poses.truth.xy[n], poses.schema, hollow=poses.truth.visible[n] == 1, size=14)
         ax.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), xticks=[], yticks=[])
         ax.set_xlabel(textwrap.fill(f"{number}. {reason}", 39), fontsize=8, parse_math=False)
+    side_legend(figure, poses.schema, loc="outside upper center")
     return figure
 
 # %% ../../nbs/ledger/suggest.ipynb #read

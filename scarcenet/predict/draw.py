@@ -20,7 +20,7 @@ from ..data.layout import VIDEOS
 from ..data.values import keypoint_box
 from .frames import Frame, Source
 from .poses import Poses
-from ..schema import MIDDLE, KeypointSchema, side_colours
+from ..schema import SIDE_COLOURS, KeypointSchema, side_colours
 from ..utils.files import atomic
 from ..utils.video import open_mp4
 
@@ -35,7 +35,7 @@ class Pen:
     """The colours of a schema's keypoints and bones, RGB 0 ... 255."""
 
     def __init__(self, schema: KeypointSchema) -> None:
-        names = [LIGHT if name == MIDDLE else name for name in side_colours(schema)]
+        names = [LIGHT if name == SIDE_COLOURS["middle"] else name for name in side_colours(schema)]
         self.dots = [tuple(int(name[i : i + 2], 16) for i in (1, 3, 5)) for name in names]
         self.bones = [(a, b, self.dots[b if names[a] == LIGHT else a]) for a, b in schema.skeleton]
 
