@@ -205,8 +205,7 @@ def redecide(
     unlabelled = ~ledger.labelled
     if drop is not None and unlabelled.any():
         has_label[unlabelled] = confidence_cut(ledger.score[unlabelled], drop)
-    has_label = has_label[record.index]
-    labelled = ledger.labelled[record.index]
+    has_label, labelled = has_label[record.index], ledger.labelled[record.index]
     valid = has_label & ~record.label_loss.isnan()
     reliable = torch.zeros_like(valid)
     for batch in record.batch.unique():
@@ -291,8 +290,7 @@ def draw_explained(
 
     animal.imshow(image)
     ring = animal.scatter(row["target_x"], row["target_y"], s=190, facecolors="none", linewidths=2.5)
-    ring.set_edgecolor(_COLOURS[row["decision"]])
-    ring.set_label(f"target: {row['decision'].replace('_', ' ')}")
+    ring.set(edgecolor=_COLOURS[row["decision"]], label=f"target: {row['decision'].replace('_', ' ')}")
     titles = {"student": "student, plain", "weak": "student, weak"}
     marks = {titles.get(n, n): (row[f"{n}_x"], row[f"{n}_y"], 42, *style) for n, style in ANSWERS.items()}
     if truth is not None:
@@ -306,8 +304,7 @@ def draw_explained(
     animal.set_xlim(max(x - margin, -0.5), min(x + width + margin, columns - 0.5))
     animal.set_ylim(min(y + height + margin, rows - 0.5), max(y - margin, -0.5))
     animal.set_title(f"{ledger.names[k]}, {box['category']}, epoch {epoch}", fontsize=9, parse_math=False)
-    handles = animal.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.legend(*animal.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
 
     decisions.bar(epochs, 1, width=0.94, color=[_COLOURS[d] for d in history["decision"]])
     decisions.axvline(epoch, color="#333333", lw=1)
@@ -333,8 +330,7 @@ def accepted_labels(ledger: Ledger, poses: PoseSet, epoch: int) -> dict:
 
     `poses`: the instances of the run; their truth is not read. Keypoints that are truth, reliable or reusable lie at
     their target (image px), with flag 2; the others have flag 0. Annotations also have `keypoint_scores` and
-    `keypoint_decisions` (K), and `labelled`: whether the labels are human. All areas are the boxes'. ValueError for
-    other instances.
+    `keypoint_decisions` (K), and `labelled`: human labels or not. All areas are the boxes'. ValueError for other instances.
     """
     if poses.column("id").tolist() != ledger.instances["id"].tolist():
         raise ValueError(f"{poses.file}: not the {len(ledger.instances)} instances of {ledger.folder}")
