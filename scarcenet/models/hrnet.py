@@ -177,16 +177,16 @@ class PlainHead(nn.Conv2d):
 
 
 class PartHeads(nn.Sequential):
-    """MBHRNet's K keypoint-specific branches, computed together: (B, C, h, w) -> (B, K, h, w).
+    """MBHRNet's K heads, one a keypoint, computed together: (B, C, h, w) -> (B, K, h, w).
 
-    A branch is a 1x1 convolution C -> C, a bottleneck C -> 4C and a 1x1 convolution 4C -> 1. Branch k has the k-th of
-    K equal slices of every layer's channels.
+    A head is a 1x1 convolution C -> C, a bottleneck C -> 4C and a 1x1 convolution 4C -> 1. Head k has the k-th of K
+    equal slices of every layer's channels.
     """
 
     public = "part_layers.{k}."
 
     def __init__(self, channels: int, K: int):
-        # all branches read the same map, so the first layer is one dense convolution C -> K*C
+        # all heads read the same map, so the first layer is one dense convolution C -> K*C
         first = nn.Conv2d(channels, K * channels, 1)
         bottleneck = Bottleneck(K * channels, K * channels, groups=K)
         final = nn.Conv2d(4 * K * channels, K, 1, groups=K)
@@ -233,7 +233,7 @@ def hrnet(K: int, width: int = 32, head: Head = PlainHead, **shape: Any) -> Pose
 
 
 def mbhrnet(K: int, width: int = 32, **shape: Any) -> PoseNet:
-    """MBHRNet for K keypoints: HRNet with one branch a keypoint."""
+    """MBHRNet for K keypoints: HRNet with one head a keypoint."""
     return hrnet(K, width, PartHeads, **shape)
 
 
