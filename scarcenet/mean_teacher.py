@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/07_mean_teacher.ipynb #ema
-def ema_decay(step: int, longest: float = 0.999) -> float:
+def ema_decay(step: int, largest: float = 0.999) -> float:
     """The EMA decay of the teacher at update number `step` (from 0).
 
-    At first the teacher is the mean of all students so far; later an exponential average over about 1 / (1 - `longest`)
+    At first the teacher is the mean of all students so far; later an exponential average over about 1 / (1 - `largest`)
     steps. As in the official code.
 
     >>> [ema_decay(step) for step in (0, 1, 3, 5000)]
     [0.0, 0.5, 0.75, 0.999]
     """
-    return min(1 - 1 / (step + 1), longest)
+    return min(1 - 1 / (step + 1), largest)
 
 
 @torch.no_grad()
