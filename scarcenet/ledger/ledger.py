@@ -330,7 +330,7 @@ def accepted_labels(ledger: Ledger, poses: PoseSet, epoch: int) -> dict:
 
     `poses`: the instances of the run; their truth is not read. Keypoints that are truth, reliable or reusable lie at
     their target (image px), with flag 2; the others have flag 0. Annotations also have `keypoint_scores` and
-    `keypoint_decisions` (K), and `labelled`: human labels or not. All areas are the boxes'. ValueError for other instances.
+    `keypoint_decisions` (K), and `labelled` (human labels). All areas are the boxes'. ValueError for other instances.
     """
     if poses.column("id").tolist() != ledger.instances["id"].tolist():
         raise ValueError(f"{poses.file}: not the {len(ledger.instances)} instances of {ledger.folder}")
