@@ -74,7 +74,7 @@ def test_boxes_elsewhere_are_said_before_a_training(zoo):
     x, y, w, h = poses.instances[0].box
     moved = replace(poses.instances[0], box=(x + 3 * w, y, w, h))
     changed = replace(poses, instances=(moved, *poses.instances[1:]))
-    with pytest.warns(UserWarning, match=f"boxes that are not around their keypoints: 1, first {moved.id};"):
+    with pytest.warns(UserWarning, match=f"boxes without most of their keypoints: 1, first {moved.id};"):
         warn_findings(changed)
 
 
@@ -99,7 +99,7 @@ def test_a_list_of_ids_of_another_set(zoo, tmp_path, capsys):
     from scarcenet.data.splits import known_labels
 
     with pytest.warns(
-        UserWarning, match="4 ids of no image .*first: 90001, 90002, 90003; only 1 match: is it the list"
+        UserWarning, match="4 ids that are not in .*first: 90001, 90002, 90003; only 1 match: is it the list"
     ):
         known_labels(quick(zoo, labels=str(file)), poses)
     assert cli.main(["check", str(zoo), "--labels", str(file)]) == 0
@@ -161,9 +161,9 @@ def test_a_learning_rate_at_which_maps_fade(zoo, tmp_path):
     (score,) = describe_collapse([row, row | dict(epoch=4, student_AP=0.0)])
     assert score == "stage scarcenet, epoch 4: student AP on val fell from 0.300 to 0; choose a lower --lr"
     (faded,) = describe_collapse([row, row | dict(epoch=4, peak=0.001)])
-    assert "the maps have faded, mean peak 0.001 of 1, before 0.400" in faded
+    assert "the heatmaps have collapsed, mean peak 0.001, before 0.400" in faded
     config = quick(zoo, supervised_epochs=4, supervised_lr=1e-9, epochs=0)
-    with pytest.warns(UserWarning, match="stage supervised, epoch 4: the maps never rose"):
+    with pytest.warns(UserWarning, match="stage supervised, epoch 4: the heatmaps stay flat"):
         train_in_folder(config, tmp_path, load_run_data(config, tmp_path))
     assert all(float(row["peak"]) < 0.02 for row in read_rows(tmp_path / "metrics.csv"))
 

@@ -84,10 +84,13 @@ def test_a_size_of_neither_frame_names_both(tmp_path):
     write(file, picture((40, 64), (33, 9)), 6)
     with pytest.raises(ValueError) as error:
         read_image(file, (41, 64))
-    assert str(error.value) == f"{file}: 40 x 64 px as stored, upright 64 x 40 px, but the set says 64 x 41"
+    assert (
+        str(error.value)
+        == f"{file}: expected 64 x 41 px as the set states, got 40 x 64 px as stored, upright 64 x 40 px"
+    )
     assert exif_turned([instance(file, (41, 64))]) == {}
     write(file, picture((40, 64), (33, 9)), 1)
-    with pytest.raises(ValueError, match=r"a.jpg: 64 x 40 px, but the set says 40 x 64$"):
+    with pytest.raises(ValueError, match=r"a.jpg: expected 40 x 64 px as the set states, got 64 x 40 px$"):
         read_image(file, (64, 40))
 
 

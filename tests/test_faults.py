@@ -89,7 +89,7 @@ SPOILED = {
     "missing image": (lambda: IMAGE.unlink(), (IMAGE, "no such image")),
     "torn image": (lambda: IMAGE.write_bytes(IMAGE.read_bytes()[:-900]), (IMAGE, "truncated")),
     "no image": (lambda: IMAGE.write_text("a text"), (IMAGE,)),
-    "image of another size": (lambda: Image.open(IMAGE).reduce(2).save(IMAGE), (IMAGE, "px, but the set says")),
+    "image of another size": (lambda: Image.open(IMAGE).reduce(2).save(IMAGE), (IMAGE, "px as the set states, got")),
     "grey of 16 bits": (
         lambda: Image.fromarray(np.full((160, 160), 5000, np.uint16)).save(IMAGE, "PNG"),
         (IMAGE, "more than 8 bits"),
@@ -127,17 +127,17 @@ ODD = {  # how it is spoiled, what --strict says, and what `check` counts
     "zero-area box": (
         note(1, bbox=[5, 5, 0, 40]),
         (TRAIN, "annotation 20", "expected width and height above 0"),
-        "annotations with a box of no width or height: 1, first annotation 20; box made of the keypoints",
+        "annotations with a box of no width or height: 1, first annotation 20; box computed from the keypoints",
     ),
     "NaN keypoint": (
         lambda: edit(lambda d: first_keypoints(d, 1).__setitem__(slice(3, 6), [float("nan"), 5, 2])),
         (TRAIN, "annotation 20", "keypoints"),
-        "labelled keypoints that are no numbers: 1, first annotation 20, right_eye; not labelled",
+        "labelled keypoints that are not numbers: 1, first annotation 20, right_eye; not labelled",
     ),
     "NaN box": (
         note(1, bbox=[float("nan"), 5, 9, 40]),
         (TRAIN, "annotation 20", "bbox"),
-        "annotations with a box that is no four numbers: 1, first annotation 20; box made of the keypoints",
+        "annotations with a box that is not four numbers: 1, first annotation 20; box computed from the keypoints",
     ),
     "unknown image": (
         note(1, image_id=999),
@@ -147,7 +147,7 @@ ODD = {  # how it is spoiled, what --strict says, and what `check` counts
     "unknown category": (
         note(1, category_id=77),
         (TRAIN, "annotation 20", "category_id 77"),
-        "annotations of no category of the file: 1, first annotation 20; skipped",
+        "annotations of an unknown category: 1, first annotation 20; skipped",
     ),
     "id twice": (
         note(1, id=10),
@@ -190,7 +190,7 @@ def test_odd_entries_are_warned_of_once(place, capsys):
     err = capsys.readouterr().err
     assert re.fullmatch(r"scarcenet: [^\n]+\n", err) and f"{TRAIN}: odd entries: " in err, err
     assert "keypoint lists of another length than 51: 1 (not used" in err and "`scarcenet check" in err
-    assert "areas that are no positive numbers: 1" in err and "annotations without a box: 1" in err
+    assert "areas that are not positive numbers: 1" in err and "annotations without a box: 1" in err
 
 
 def test_a_failed_start_can_be_repeated(place, capsys):
@@ -209,7 +209,7 @@ def test_wrong_labels(place, capsys):
     Path("text.json").write_text('"five"')
     refused(capsys, train("--labels", "text.json"), "text.json", "expected a JSON array")
     refused(capsys, train("--labels", "nowhere.json"), "nowhere.json")
-    refused(capsys, train("--labels", "0"), "per_category is 0")
+    refused(capsys, train("--labels", "0"), "1 or more images per category, got 0")
     refused(capsys, train("--families", "Hominidae"), TRAIN, "Hominidae", "Bovidae")
 
 
@@ -219,7 +219,7 @@ def test_a_label_list_with_surplus_ids(place, capsys):
     capsys.readouterr()
     assert cli.main(train("--labels", "ids.json", "--epochs", "0")) == 0
     err = capsys.readouterr().err
-    assert re.fullmatch(r"scarcenet: ids\.json: 1 duplicate ids, 1 ids of no image of [^\n]+\n", err), err
+    assert re.fullmatch(r"scarcenet: ids\.json: 1 duplicate ids, 1 ids that are not in [^\n]+\n", err), err
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -231,8 +231,8 @@ def test_split_is_absent(place, capsys, split):
     summary = json.loads(Path("new/summary.json").read_text())
     other = "val" if split == "test" else "test"
     assert list(summary["networks"]["supervised"]) == [other]
-    refused(capsys, ["eval", "run", "--split", split], "set", f"no split '{split}'")
-    refused(capsys, ["eval", "run", "--split", "nosplit"], "set", "no split 'nosplit'")
+    refused(capsys, ["eval", "run", "--split", split], "set", f"split '{split}': expected one of")
+    refused(capsys, ["eval", "run", "--split", "nosplit"], "set", "split 'nosplit': expected one of")
     refused(capsys, train("--split", "2"), "set", "ap10k-train-split2.json")
     refused(capsys, ["check", "nowhere"], "nowhere")
     TRAIN.unlink()
@@ -320,7 +320,7 @@ def test_labels_that_were_changed_since(place, capsys):
 
 def test_run_folders(place, capsys):
     refused(capsys, train(out="run"), "run: already exists", "--resume")
-    refused(capsys, train("--resume", "--seed", "5", out="run"), "run/config.json", "seed is 0 there, but 5")
+    refused(capsys, train("--resume", "--seed", "5", out="run"), "run/config.json", "seed: expected 0, got 5")
     refused(capsys, train("--resume"), "new/config.json")
     refused(capsys, train(out="set"), "set: already exists")
     refused(capsys, ["zoo", "--out", "set"], "set: holds other files")
@@ -350,10 +350,15 @@ def test_nothing_can_be_written(place, capsys):
 def test_questions_to_a_ledger(place, capsys):
     """A run without one, a torn file, an epoch, an instance and a keypoint that are not there; nothing is written."""
     refused(capsys, ["explain", "nowhere", "--instance", "0", "--keypoint", "nose"], "nowhere")
-    refused(capsys, ["explain", "run", "--instance", "999", "--keypoint", "nose"], "no instance 999")
-    refused(capsys, ["explain", "run", "--instance", "0", "--keypoint", "trunk"], "no keypoint 'trunk'", "nose")
+    refused(capsys, ["explain", "run", "--instance", "999", "--keypoint", "nose"], "instance 999: expected 0 to")
+    refused(
+        capsys,
+        ["explain", "run", "--instance", "0", "--keypoint", "trunk"],
+        "keypoint 'trunk': expected one of",
+        "nose",
+    )
     nose = ["explain", "run", "--instance", "0", "--keypoint", "nose"]
-    refused(capsys, [*nose, "--epoch", "77"], "epoch 77 is not on record")
+    refused(capsys, [*nose, "--epoch", "77"], "epoch 77 is not recorded")
     refused(capsys, ["accepted", "run", "--out", str(TRAIN)], TRAIN, "already exists")
     shutil.copytree("run", "torn")
     file = sorted(Path("torn/ledger").glob("epoch-*"))[-1]
@@ -432,10 +437,10 @@ def test_cuda_is_absent(place, capsys):
 def test_numbers_that_make_no_sense(place, capsys):
     """Flags outside of their range are a wrong command line; a network is looked for when the run starts."""
     for flags, words in {
-        ("--size", "70"): "size is 70",
-        ("--batch", "0"): "batch is 0",
-        ("--drop", "1.5"): "drop is 1.5",
-        ("--lr", "nan"): "lr is nan",
+        ("--size", "70"): "size: expected a multiple of 32 px",
+        ("--batch", "0"): "batch: expected at least 1, got 0",
+        ("--drop", "1.5"): "drop: expected at least 0 and at most 1, got 1.5",
+        ("--lr", "nan"): "lr: expected at least 0, got nan",
         ("--supervised-epochs", "0", "--epochs", "0"): "nothing to train",
     }.items():
         with pytest.raises(SystemExit) as end:
@@ -444,7 +449,7 @@ def test_numbers_that_make_no_sense(place, capsys):
         assert not Path("new").exists()
     refused(capsys, train("--network", "w64"), "network 'w64'", "hrnet_tiny")
     refused(capsys, train("--network", "timm:nonesuch"), "nonesuch")
-    refused(capsys, ["pseudo", "run", "--out", "new.json", "--drop", "2"], "drop is 2")
+    refused(capsys, ["pseudo", "run", "--out", "new.json", "--drop", "2"], "drop: expected at least 0 and at most 1, got 2")
 
 
 @pytest.mark.parametrize(

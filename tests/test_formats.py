@@ -253,7 +253,7 @@ def test_names_that_differ_between_tables(pictures, tmp_path):
         {f"labeled-data/dogs/{pictures[2].file.name}": pictures[2].points},
         names=NAMES[:3],
     )
-    text = one_line(lambda: read_labels(project), says="left_eye, right_eye, nose, but those of")
+    text = one_line(lambda: read_labels(project), says="got left_eye, right_eye, nose; name them alike")
     assert "root_of_tail" in text
 
 
@@ -588,7 +588,7 @@ def test_h5_that_leads_elsewhere(pictures, tmp_path):
     with h5py.File(tmp_path / "virtual.h5", "w") as f:
         f.create_virtual_dataset("a", layout)
     for name in ("link.h5", "raw.h5", "virtual.h5"):
-        one_line(lambda name=name: read_labels(tmp_path / name), says="stored in another file")
+        one_line(lambda name=name: read_labels(tmp_path / name), says="links to another file")
 
 
 def test_h5_whose_group_holds_itself(pictures, tmp_path):
@@ -644,7 +644,7 @@ def test_lightning_pose(pictures, tmp_path):
     write_csv(tmp_path / "CollectedData_new.csv", rows)
     assert len(read_labels(tmp_path).images) == 5
     file.rename(tmp_path / "CollectedData_top.csv")
-    one_line(lambda: read_labels(tmp_path), says="CollectedData_new.csv, CollectedData_top.csv; give the one")
+    one_line(lambda: read_labels(tmp_path), says="CollectedData_new.csv, CollectedData_top.csv; give one")
 
 
 def test_predictions_are_no_labels(tmp_path):
@@ -845,7 +845,7 @@ def test_sleap_leads_to_no_other_file(sio, pictures, tmp_path):
     one_line(lambda: read_labels(package), says="is not below")
     with h5py.File(package, "a") as f:
         f["video0"] = h5py.ExternalLink(str(other), "/video0")
-    one_line(lambda: read_labels(package), says="stored in another file")
+    one_line(lambda: read_labels(package), says="links to another file")
 
 
 def test_sleap_stack_of_images(sio, pictures, tmp_path):

@@ -320,7 +320,7 @@ def test_settings_that_do_not_exist(zoo, tmp_path, run):
     for config, changes, says in (
         ("demos", {}, "expected one of demo"),
         ("demo", {"colour": 1}, "colour"),
-        ("demo", {"size": "32"}, "size is '32'"),
+        ("demo", {"size": "32"}, "size: expected int, got '32'"),
         ("demo", {"epochs": 0.5}, "epochs: expected int, got 0.5"),
         ("demo", {"labels": None}, "labels: expected int or str, got None"),
     ):

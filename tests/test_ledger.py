@@ -229,7 +229,7 @@ def test_faults(run, tmp_path):
     ledger = open_ledger(folder)
     with pytest.raises(ValueError, match="other instances"):
         start_ledger(ledger.folder, val, torch.zeros(len(val), dtype=torch.bool))
-    with pytest.raises(ValueError, match="epoch 9 is not on record; epochs 1 to 3 are"):
+    with pytest.raises(ValueError, match="epoch 9 is not recorded; epochs 1 to 3 are"):
         explain_keypoint(ledger, 0, "nose", 9)
     with pytest.raises(ValueError, match="not the .* instances of"):
         score_decisions(ledger, val)

@@ -406,7 +406,7 @@ def test_mine_holds_out_and_says_so(project, tmp_path, capsys):
     assert scarcenet("eval", run, "--device", "cpu") == 0
     assert f"{overall['AP']:.3f}" in capsys.readouterr().out
     assert scarcenet("eval", run, "--split", "test", "--device", "cpu") == 1
-    assert "no split 'test' was evaluated; there are train, val" in capsys.readouterr().err
+    assert "split 'test': expected one of train, val" in capsys.readouterr().err
     assert scarcenet("pseudo", run, "--out", tmp_path / "pseudo.json", "--device", "cpu") == 0
     assert scarcenet("report", run, "--out", tmp_path / "report.html") == 0
     assert scarcenet("accepted", run, "--out", tmp_path / "accepted.json") == 0

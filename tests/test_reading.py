@@ -369,9 +369,9 @@ ODD = {
     "box of no width": (change(bbox=[9, 9, 0, 5]), ("annotations with a box of no width or height", 1), HULL),
     "box of no height": (change(bbox=[9, 9, 5, 0]), ("annotations with a box of no width or height", 1), HULL),
     "box of negative width": (change(bbox=[9, 9, -5, 5]), ("annotations with a box of no width or height", 1), HULL),
-    "box of NaN": (change(bbox=[NAN, 9, 5, 5]), ("annotations with a box that is no four numbers", 1), HULL),
-    "box of three": (change(bbox=[9, 9, 5]), ("annotations with a box that is no four numbers", 1), HULL),
-    "box of words": (change(bbox=["a", 9, 5, 5]), ("annotations with a box that is no four numbers", 1), HULL),
+    "box of NaN": (change(bbox=[NAN, 9, 5, 5]), ("annotations with a box that is not four numbers", 1), HULL),
+    "box of three": (change(bbox=[9, 9, 5]), ("annotations with a box that is not four numbers", 1), HULL),
+    "box of words": (change(bbox=["a", 9, 5, 5]), ("annotations with a box that is not four numbers", 1), HULL),
     "neither box nor keypoints": (
         change(bbox=[0, 0, 0, 0], keypoints=[], area=0),
         ("annotations with neither box nor keypoints", 1),
@@ -747,7 +747,9 @@ def test_all_lists_of_another_length_are_refused():
 def test_nothing_is_left():
     data = content()
     everywhere("annotations", "image_id", lambda v, n: v + 1000)(data)
-    with pytest.raises(ValueError, match="^set.json: nothing is left of its 4 annotations: annotations of no image"):
+    with pytest.raises(
+        ValueError, match="^set.json: nothing is left of its 4 annotations: annotations of an unknown image"
+    ):
         read(data)
 
 
@@ -1137,7 +1139,7 @@ def test_a_usual_set_is_not_warned_of():
 def test_sets_without_pairs():
     numbers = read(content(names=("0", "1", "2")))
     (line,) = lines(numbers)
-    assert "mirrored views exchange no keypoints; give pairs with --flip-pairs" in line and "--no-mirror" in line
+    assert "mirrored views swap no keypoints; give pairs with --flip-pairs" in line and "--no-mirror" in line
     assert lines(numbers, mirror=False) == [] and lines(read(content(names=("0", "1")), flip_pairs=("0:1",))) == []
     assert "left / right: none; a flipped view exchanges no keypoints" in str(check_poses(numbers))
 
@@ -1145,10 +1147,10 @@ def test_sets_without_pairs():
 def test_half_found_sides_are_warned_of():
     poses = read(content(names=SETS["front_left"].replace("HR_knee", "HR_kne").split()))
     (line,) = lines(poses)
-    assert line.startswith("set.json: HL_knee, HR_kne look like one side each and have no partner")
+    assert line.startswith("set.json: keypoints that name a side but have no partner: HL_knee, HR_kne")
     report = check_poses(poses)
     assert report.unpaired == ("HL_knee", "HR_kne") and len(report.sides) == 6
-    assert "look like one side each and have no partner: HL_knee, HR_kne" in str(report)
+    assert "keypoints that name a side but have no partner: HL_knee, HR_kne" in str(report)
     assert lines(poses, mirror=False) == []
 
 
@@ -1158,9 +1160,7 @@ def test_several_kinds_in_one_line():
     data["annotations"][1]["image_id"] = 99
     data["annotations"][2]["area"] = -1
     (line,) = [line for line in lines(read(data)) if "odd entries" in line]
-    assert (
-        "annotations of no image of the file: 1 (skipped)" in line and "`scarcenet check set.json` lists them" in line
-    )
+    assert "annotations of an unknown image: 1 (skipped)" in line and "`scarcenet check set.json` lists them" in line
     assert "annotations without a box: 1 (box computed from the keypoints)" in line and line.count("odd entries") == 1
 
 
@@ -1225,7 +1225,7 @@ def test_no_boxes(animals):
     assert len(poses) == len(usual) and set(poses.column("box_source")) == {"keypoints"}
     report = check_poses(poses)
     assert report.boxes == {"keypoints": len(poses)} and not any(report.odd.values())
-    assert f"boxes made of their keypoints, with a margin: {len(poses)}" in str(report)
+    assert f"boxes computed from their keypoints, with a margin: {len(poses)}" in str(report)
     # about where the animal is
     ours, theirs = poses.column("box"), usual.column("box")
     low = np.maximum(ours[:, :2], theirs[:, :2])
@@ -1264,7 +1264,7 @@ def test_exif_turned_images_are_counted(animals, capsys):
     for frame in ("stored", "upright"):
         assert cli.main(["check", str(animals), "--exif", frame]) == 0
         out = capsys.readouterr().out
-        assert out.count("images with an EXIF orientation that their size does not settle: 1") == 1
+        assert out.count("images whose EXIF orientation the stated size does not settle: 1") == 1
         assert f"frame of the {frame} image; choose with --exif stored or upright" in out
         (line,) = lines(read_coco(*find_split(animals, "train"), upright=frame == "upright"))
         assert f"settle: 1, keypoints are read in the frame of the {frame} image; choose with --exif" in line

@@ -66,14 +66,14 @@ def zoo(
 
 def check(
     data: tyro.conf.Positional[Path],
-    images: Path | None = None,
     draw: Path | None = None,
     samples: int = 24,
     seed: int = 0,
-    strict: bool = False,
+    labels: str = "",
+    images: Path | None = None,
     flip_pairs: tuple[str, ...] = (),
     exif: Literal["stored", "upright"] = "stored",
-    labels: str = "",
+    strict: bool = False,
     json: Switch = False,
 ) -> None:
     """Check a data set: count its content, list odd entries and what was done about them, and what looks wrong.
@@ -85,15 +85,15 @@ def check(
 
     Args:
         data: folder of a COCO keypoint set, or one annotation file
-        images: folder of the images; default: beside the annotation file, or one folder up
         draw: folder for one figure per annotation file, {name}.png: samples with boxes, keypoints, annotation ids
         samples: instances in such a figure
         seed: seed of their random choice
-        strict: stop at the first odd entry instead of skipping it
+        labels: the --labels that you will give to train, to see which of them match the set
+        images: folder of the images; default: beside the annotation file, or one folder up
         flip_pairs: LEFT:RIGHT names of keypoints that swap in a mirrored image, instead of the pairs that are found
         exif: frame of the keypoints in images with an EXIF orientation, where the stated image size does not tell it:
             pixels as stored, or upright as viewers show them
-        labels: the --labels that you will give to train, to see which of them match the set
+        strict: stop at the first odd entry instead of skipping it
         json: print one JSON object instead of text: for each file its counts and its faults, with three entries of each
     """
     import json as writer
@@ -155,9 +155,9 @@ def import_(
     val: float = 0.0,
     test: float = 0.0,
     seed: int = 0,
+    videos: tuple[Path, ...] = (),
     flip_pairs: tuple[str, ...] = (),
     exif: Literal["auto", "stored", "upright"] = "auto",
-    videos: tuple[Path, ...] = (),
     strict: bool = False,
 ) -> None:
     """Make a data set of labels from a labelling tool, and of unlabelled images and videos.
@@ -178,10 +178,10 @@ def import_(
         val: share of the labelled images for the val split, 0 to 1; a source that has splits keeps them
         test: the same for the test split
         seed: seed of the splits and of k-means
+        videos: more folders to search for the videos and images that the labels name, by the last parts of their paths
         flip_pairs: LEFT:RIGHT names of keypoints that swap in a mirrored image, instead of the pairs that are found
         exif: frame of the keypoints in images with an EXIF orientation, where the stated image size does not tell it:
             pixels as stored, or upright as viewers show them; auto: as the labelling tool does
-        videos: more folders to search for the videos and images that the labels name, by the last parts of their paths
         strict: stop at the first odd entry instead of skipping it
     """
     from scarcenet.data.importing import import_set

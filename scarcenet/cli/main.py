@@ -100,10 +100,10 @@ def train(config: Preset, out: Path, resume: Switch = False, tensorboard: Switch
 # %% ../../nbs/cli/main.ipynb #eval
 def evaluate(
     run: tyro.conf.Positional[Path],
-    config: str = "",
     data: Path | None = None,
-    images: Path | None = None,
     split: str = "",
+    images: Path | None = None,
+    config: str = "",
     device: str = "auto",
     json: Path | None = None,
 ) -> None:
@@ -114,10 +114,10 @@ def evaluate(
 
     Args:
         run: folder of a finished run, or a weights file
-        config: only for a weights file without metadata, such as the official code's: a preset, or a config.json
         data: another set with the same keypoints: its folder, or one annotation file; default: the run's data set
-        images: folder of the images; default: beside the annotation file, or one folder up
         split: split to evaluate; default: test, or val if the run has no test split
+        images: folder of the images; default: beside the annotation file, or one folder up
+        config: only for a weights file without metadata, such as the official code's: a preset, or a config.json
         device: cpu, cuda, cuda:1 or mps; auto: cuda if there is one, else cpu
         json: new file (.json) for all numbers
     """
@@ -165,12 +165,12 @@ def evaluate(
 def pseudo(
     run: tyro.conf.Positional[Path],
     out: Path,
-    config: str = "",
     data: Path | None = None,
-    images: Path | None = None,
     split: str = "train",
+    images: Path | None = None,
     boxes: str | None = None,
     drop: float | None = None,
+    config: str = "",
     device: str = "auto",
 ) -> None:
     """Predict pseudo-labels for a data set, as in stage 2, and write them with their scores as COCO keypoints.
@@ -181,14 +181,14 @@ def pseudo(
     Args:
         run: folder of a finished run, whose best network is used, or a weights file
         out: new file (.json); flag 2 for a keypoint above the confidence cut, 1 below
-        config: only for a weights file without metadata, such as the official code's: a preset, or a config.json
         data: a set with boxes, with keypoints, or with images alone: its folder, or one annotation file; default: the
             run's data set
-        images: folder of the images; default: beside the annotation file, or one folder up
         split: split to label; ignored if --data is a file
+        images: folder of the images; default: beside the annotation file, or one folder up
         boxes: source of the box of an image without annotation: image, pose, detector, or a COCO file, as in train;
             set: such images are left out; default: as in the training
         drop: share of the keypoints below the confidence cut, 0 to 1; default: the run's
+        config: only for a weights file without metadata, such as the official code's: a preset, or a config.json
         device: cpu, cuda, cuda:1 or mps; auto: cuda if there is one, else cpu
     """
     from scarcenet.data.boxes import BOX_CHOICES

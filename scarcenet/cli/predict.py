@@ -23,13 +23,13 @@ def predict(
     format: Literal["", "csv", "h5", "json", "results.json", "slp", "nwb", "parquet"] = "",
     boxes: str = "",
     network: str = "",
-    config: str = "",
-    data: Path | None = None,
     detector: str = "",
     detector_classes: tuple[str, ...] = (),
     exif: Literal["", "stored", "upright"] = "",
     device: str = "auto",
     resume: Switch = False,
+    config: str = "",
+    data: Path | None = None,
 ) -> None:
     """Predict poses in images and videos; write them for other tools, draw them, or both.
 
@@ -50,13 +50,13 @@ def predict(
         boxes: where the animals are: image (in the whole image), pose (near the last pose; the whole image where there
             is none), detector, or a COCO file with boxes; default: image if trained so, else pose
         network: supervised, student or teacher; default: the run's best
-        config: only for a weights file without metadata, such as the official code's: a preset, or a config.json
-        data: only for a weights file without metadata: a set with its keypoints, as a folder or an annotation file
         detector: name of the torchvision detector for --boxes detector; default: the run's
         detector_classes: COCO classes that the detector looks for; default: the run's, or COCO's ten animals
         exif: take the pixels of images as stored, or upright as viewers show them; default: as in the training
         device: cpu, cuda, cuda:1 or mps; auto: cuda if there is one, else cpu
         resume: go on with an interrupted prediction; give the same flags again
+        config: only for a weights file without metadata, such as the official code's: a preset, or a config.json
+        data: only for a weights file without metadata: a set with its keypoints, as a folder or an annotation file
     """
     import time
 
@@ -86,10 +86,10 @@ def export(
     run: tyro.conf.Positional[Path],
     out: Path,
     network: str = "",
-    config: str = "",
-    data: Path | None = None,
     flip_test: bool = True,
     opset: int = 18,
+    config: str = "",
+    data: Path | None = None,
 ) -> None:
     """Export a network as one ONNX file: uint8 RGB crops in, keypoints (crop px) and scores out.
 
@@ -102,10 +102,10 @@ def export(
         run: folder of a finished run, or a weights file
         out: new file (.onnx)
         network: supervised, student or teacher; default: the run's best
-        config: only for a weights file without metadata, such as the official code's: a preset, or a config.json
-        data: only for a weights file without metadata: a set with its keypoints, as a folder or an annotation file
         flip_test: average with the prediction for the mirrored crop; always off for a network trained with --no-mirror
         opset: ONNX operator set version, 18 or more
+        config: only for a weights file without metadata, such as the official code's: a preset, or a config.json
+        data: only for a weights file without metadata: a set with its keypoints, as a folder or an annotation file
     """
     from scarcenet.predict.export import export_run
 

@@ -255,7 +255,7 @@ def explain_keypoint(ledger: Ledger, instance: int, keypoint: str | int, epoch: 
     if row["decision"] != "reliable":
         agree_px = ledger.config.agree_px
         moved = np.hypot(row["student_x"] - row["label_x"], row["student_y"] - row["label_y"])
-        replaced = f"within {agree_px}: the prediction on the plain view, {moved:.1f} px away, replaced it."
+        replaced = f"within {agree_px}: the prediction on the plain view, {moved:.1f} px away, replaced the label."
         verdict = replaced if row["distance"] < agree_px else f"not within {agree_px}: no label is used."
         answers = "The student's predictions on the weak and plain views were"
         lines.append(f"{answers} {row['distance']:.2f} heatmap px apart, {verdict}")
@@ -341,10 +341,6 @@ def accepted_labels(ledger: Ledger, poses: PoseSet, epoch: int) -> dict:
         visible=np.where(used, 2, 0).astype(np.uint8),
         area=poses.column("box")[:, 2:].prod(1),
     )
-    content = coco_json(
-        replace(poses, truth=accepted),
-        keypoint_scores=ledger.score.numpy().round(4),
-        keypoint_decisions=np.array(_DECISIONS)[last.decision.numpy() + 1],
-        labelled=ledger.labelled.numpy(),
-    )
-    return keep_predicted(content)
+    labels, decisions = replace(poses, truth=accepted), np.array(_DECISIONS)[last.decision.numpy() + 1]
+    scores, labelled = ledger.score.numpy().round(4), ledger.labelled.numpy()
+    return keep_predicted(coco_json(labels, keypoint_scores=scores, keypoint_decisions=decisions, labelled=labelled))

@@ -16,7 +16,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..data.layout import VIDEOS
 from ..data.values import keypoint_box
 from .frames import Frame, Source
 from .poses import Poses
@@ -122,8 +121,7 @@ def is_one_video(path: Path, sources: Sequence[Source]) -> bool:
     if not path.suffix or path.is_dir():
         return False
     if path.suffix.lower() != ".mp4":
-        kind = "a video" if path.suffix.lower() in VIDEOS else "an ending"
-        raise ValueError(f"{path}: expected a name that ends in .mp4, or a folder, got {kind}")
+        raise ValueError(f"{path}: expected a name that ends in .mp4, or a folder, got {path.suffix}")
     if len(sources) > 1 and any(source.video for source in sources):
         raise ValueError(f"{path}: expected one video for an .mp4, got {len(sources)} videos and images; give a folder")
     return True
