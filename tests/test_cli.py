@@ -82,6 +82,8 @@ def test_help(command, capsys):
         assert name in out
     for field in dataclasses.fields(Config) if len(command) == 2 else ():
         assert f"--{field.name.replace('_', '-')}" in out
+    assert len(command) != 1 or f"$ scarcenet {command[0]} " in out, "no example"
+    assert "(default: None)" not in out or len(command) == 2, "a default that says nothing"
 
 
 def test_every_choice_is_explained(capsys):

@@ -470,7 +470,7 @@ def test_a_labelled_image_of_the_video_is_not_taken_again(avi, tmp_path):
         images.append(SourceImage(name, file=tmp_path / name, group=name.split("/")[0]))
     summary = import_set([by_hand(images)], tmp_path / "set", unlabelled=[avi], frames=100)
     assert summary.unlabelled == 58
-    assert [f.count for f in summary.findings if "there already" in f.kind] == [1]
+    assert [f.count for f in summary.findings if "already has" in f.kind] == [1]
     assert any("fewer than 100 frames" in f.kind for f in summary.findings)
 
 
@@ -760,7 +760,7 @@ def test_the_choice_of_a_frame_is_said(poses, tmp_path, capsys):
         assert main(["import", str(tmp_path / "CollectedData_me.csv"), "--out", str(out), "--exif", flag]) == 0
         assert says in capsys.readouterr().out
         assert np.array_equal(read_image(out / "images" / "a.png"), np.rot90(pixels, turns))
-    with pytest.raises(ValueError, match="images with an EXIF orientation of which the labels do not say"):
+    with pytest.raises(ValueError, match="images with an EXIF orientation that the labels do not settle"):
         import_set([tmp_path / "CollectedData_me.csv"], tmp_path / "strict", strict=True)
 
 

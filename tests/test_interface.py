@@ -331,7 +331,7 @@ def test_settings_that_do_not_exist(zoo, tmp_path, run):
         sn.train_run("demo", data=zoo, out=run.folder, **QUICK)
     with pytest.raises(FileNotFoundError, match="empty: no such file or folder"):
         sn.train_run("demo", data=tmp_path / "empty", out=tmp_path / "new", **QUICK)
-    with pytest.raises(ValueError, match="no network 'coach'"):
+    with pytest.raises(ValueError, match="network 'coach': expected one of"):
         sn.Predictor(run.folder, "coach")
 
 

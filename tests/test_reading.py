@@ -1141,7 +1141,7 @@ def test_sets_without_pairs():
     (line,) = lines(numbers)
     assert "mirrored views swap no keypoints; give pairs with --flip-pairs" in line and "--no-mirror" in line
     assert lines(numbers, mirror=False) == [] and lines(read(content(names=("0", "1")), flip_pairs=("0:1",))) == []
-    assert "left / right: none; a flipped view exchanges no keypoints" in str(check_poses(numbers))
+    assert "left / right: none; mirrored views swap no keypoints" in str(check_poses(numbers))
 
 
 def test_half_found_sides_are_warned_of():

@@ -8,7 +8,7 @@ __all__ = ['zoo', 'check', 'import_']
 # %% ../../nbs/cli/data.ipynb #imports
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -147,7 +147,7 @@ def check(
 
 # %% ../../nbs/cli/data.ipynb #import
 def import_(
-    sources: tyro.conf.Positional[tuple[Path, ...]],
+    sources: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(help_behavior_hint="(one or more)")],
     out: Path,
     unlabelled: tuple[Path, ...] = (),
     frames: int = 100,

@@ -311,7 +311,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 prog="scarcenet",
                 args=argv,
                 description="Animal pose estimation from a few labelled images.",
-                config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.DisallowNone),
+                config=(
+                    tyro.conf.CascadeSubcommandArgs,
+                    tyro.conf.DisallowNone,
+                    tyro.conf.PositionalMetavarFromFieldName,
+                ),
             )
             stack.enter_context(logged(call.log))
             call.run()

@@ -8,7 +8,7 @@ __all__ = ['predict', 'export']
 # %% ../../nbs/cli/predict.ipynb #imports
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -17,7 +17,7 @@ from .experiments import Switch, show_progress
 # %% ../../nbs/cli/predict.ipynb #predict
 def predict(
     run: tyro.conf.Positional[Path],
-    sources: tyro.conf.Positional[tuple[str, ...]],
+    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(help_behavior_hint="(one or more)")],
     out: Path | None = None,
     draw: Path | None = None,
     format: Literal["", "csv", "h5", "json", "results.json", "slp", "nwb", "parquet"] = "",
