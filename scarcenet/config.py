@@ -50,7 +50,7 @@ class Config:
     """number of AP-10K's split, 1 to 3"""
     labels: int | str = 5
     """which labels to use: a number (images per category), all, or a file (a list of image ids, COCO keypoints, or a
-    labelling tool's file); commas join several: 5,corrected.json"""
+    labelling tool's file); several: 5,corrected.json"""
     families: tuple[str, ...] = ()
     """transfer setting: use the labels of all images of these families and of no other; replaces `labels`"""
     holdout: float = 0.0

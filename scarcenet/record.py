@@ -39,12 +39,12 @@ class Record(NamedTuple):
     batch: Tensor  # (V,) the step within the epoch
     decision: Tensor  # (V, K) Decision
     label_loss: Tensor  # (V, K) against the label; nan if there was none in the strong view to compare with
-    # (V, K, 2) from the student's answer on the weak view to the one on the plain view, heatmap px of the weak view
+    # (V, K, 2) from the student's prediction on the weak view to that on the plain view, heatmap px of the weak view
     offset: Tensor
     target_xy: Tensor  # (V, K, 2) the label, or what replaced it
-    weak_xy: Tensor  # (V, K, 2) the student's answer on the weak view
-    student_xy: Tensor  # (V, K, 2) the student's answer on the plain view
-    teacher_xy: Tensor  # (V, K, 2) the teacher's answer on the plain view
+    weak_xy: Tensor  # (V, K, 2) the student's prediction on the weak view
+    student_xy: Tensor  # (V, K, 2) the student's prediction on the plain view
+    teacher_xy: Tensor  # (V, K, 2) the teacher's prediction on the plain view
 
     @classmethod
     def from_step(cls, step: Step, batch: Batch, n: int) -> "Record":

@@ -25,8 +25,8 @@ class Decision(IntEnum):
     (['RELIABLE', 'TEACHER_ONLY', 'IGNORED'], [[True, False, False]])
     """
 
-    TEACHER_ONLY = 0  # the label is not used, only the teacher's answer is
-    REUSABLE = 1  # the label is replaced by the student's answer on the plain view
+    TEACHER_ONLY = 0  # the label is not used; the consistency loss may still apply
+    REUSABLE = 1  # the label is replaced by the student's prediction on the plain view
     RELIABLE = 2  # the pseudo-label is used as it is
     TRUTH = 3  # annotated
     IGNORED = -1  # no term at all

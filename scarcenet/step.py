@@ -48,14 +48,14 @@ class Step(NamedTuple):
     # the strong view, or where a labelled instance has none
     label_loss: Tensor
     reliable: Tensor  # (B, K) small loss
-    # (B, K, 2) from the student's answer on the weak view to the one on the plain view, heatmap px of the weak view
+    # (B, K, 2) from the student's prediction on the weak view to that on the plain view, heatmap px of the weak view
     offset: Tensor
     distance: Tensor  # (B, K) its length, bias included, heatmap px
     target_xy: Tensor  # (B, K, 2) the label, or what replaced it
-    weak_xy: Tensor  # (B, K, 2) the student's answer on the weak view
-    student_xy: Tensor  # (B, K, 2) the student's answer on the plain view
-    teacher_xy: Tensor  # (B, K, 2) the teacher's answer on the plain view
-    teacher_target: Tensor  # maps of the teacher's answer
+    weak_xy: Tensor  # (B, K, 2) the student's prediction on the weak view
+    student_xy: Tensor  # (B, K, 2) the student's prediction on the plain view
+    teacher_xy: Tensor  # (B, K, 2) the teacher's prediction on the plain view
+    teacher_target: Tensor  # heatmaps of the teacher's prediction
     teacher_weight: Tensor  # (B, K), order of sides of the strong view
 
 # %% ../nbs/08_step.ipynb #draw

@@ -45,7 +45,7 @@ from ..utils.files import plain_cell
 class Doubt(NamedTuple):
     """How uncertain a run is about N animals, K keypoints each."""
 
-    apart: np.ndarray  # (N, K) image px between two answers, in the mean over the epochs; nan where there were none
+    apart: np.ndarray  # (N, K) image px between two predictions, mean over the epochs; nan where there were none
     unreliable: np.ndarray  # (N, K) bool: the pseudo-label was reliable in no epoch, or is below the confidence cut
     score: np.ndarray  # (N, K) confidence of the network of today
     side: np.ndarray  # (N,) longer side of the box that it looks at, image px
@@ -84,7 +84,7 @@ def answers_of_today(predictor: Predictor, crops: CropCache) -> tuple[Answers, n
 
 # %% ../../nbs/ledger/suggest.ipynb #score
 Strategy = Literal["views", "confidence", "appearance", "random"]
-WRONG = 0.1  # of the box's longer side: two answers farther apart cannot both be right by PCK's rule
+WRONG = 0.1  # of the box's longer side: two predictions farther apart are hardly both right by PCK's rule
 
 
 def doubt_scores(doubt: Doubt, strategy: Strategy, seed: int = 0) -> np.ndarray:

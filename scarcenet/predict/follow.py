@@ -109,7 +109,7 @@ class LastPose:
         return Found(frame=one_each, id=np.ones_like(one_each), box=np.concatenate(boxes), answers=joined)
 
     def look(self, frames: Sequence[Frame]) -> tuple[np.ndarray, Answers]:
-        """Boxes and answers for a few frames, which start from the last box."""
+        """Boxes and predictions for a few frames, which start from the last box."""
         images = [f.pixels for f in frames]
         boxes = whole_boxes(images)
         if self.last and self.last[0] == frames[0].source:

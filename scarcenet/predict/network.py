@@ -63,7 +63,7 @@ class Answers(NamedTuple):
 
     xy: np.ndarray  # (N, K, 2) float32, image px
     score: np.ndarray  # (N, K) float32, heights of the peaks
-    disagreement: np.ndarray  # (N, K) float32, image px between the answers of the flip test; nan without one
+    disagreement: np.ndarray  # (N, K) float32, image px between the predictions of the flip test; nan without one
 
 
 @torch.inference_mode()

@@ -36,8 +36,8 @@ class Poses(NamedTuple):
     xy: np.ndarray  # (N, K, 2) float32, image px; the centre of the first pixel is (0, 0)
     score: np.ndarray  # (N, K) float32, the height of the heatmap's peak, about 0 ... 1
     names: tuple[str, ...]  # of the K keypoints
-    box: np.ndarray  # (N, 4) float32, x, y, w, h in image px: where the network has looked
-    disagreement: np.ndarray  # (N, K) float32, image px between the answers for the crop and its mirror image; or nan
+    box: np.ndarray  # (N, 4) float32, x, y, w, h in image px: the box of the crop
+    disagreement: np.ndarray  # (N, K) float32, image px between the predictions for crop and mirror image; or nan
     id: np.ndarray  # (N,) int, from 1; an animal keeps its number in a video
     frame: int = 0  # number in its video, or array; of an image 0
     file: str = ""  # the image or video; "" for an array

@@ -158,7 +158,7 @@ def read_metrics(file: Path) -> list[dict]:
     return rows
 
 # %% ../../nbs/run/folder.ipynb #trouble
-FADED = 0.02  # mean height of maps, below which a network answers with nothing
+FADED = 0.02  # mean peak of heatmaps, below which a network predicts nothing
 SEEN = 0.1  # that of a network that has begun to see
 
 

@@ -91,7 +91,7 @@ def train_run(
 
     `config`: a `Config`, or the name of a preset. `data`: the folder of a COCO keypoint set, instead of the
     configuration's. `changes`: other fields of `Config`. `out` must be new; with `resume`, and the same settings, an
-    interrupted run goes on. `tensorboard`: write events for it, too. Raises ValueError or FileNotFoundError, one line,
+    interrupted run goes on. `tensorboard`: write its events, too. Raises ValueError or FileNotFoundError, one line,
     for settings, data or a folder that do not fit.
 
     Examples:

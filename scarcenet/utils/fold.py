@@ -80,7 +80,7 @@ class Folded:
 
 # %% ../../nbs/utils/fold.ipynb #fold
 def fold(model: nn.Module, images: Tensor) -> Folded | None:
-    """`model` with its batch norms folded; None if there are none, or if it would answer otherwise.
+    """`model` with its batch norms folded; None if there are none, or if its output would differ.
 
     `images` (B, 3, S, S) are what it is tried with. The model is left as it is, and no global random state is used.
     """
