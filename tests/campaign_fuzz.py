@@ -361,7 +361,8 @@ def read_set(home: Path, file: Path) -> None:
 def read_images(home: Path, file: Path) -> None:
     """An image, and a set that has it."""
     from scarcenet.data.coco import read_coco
-    from scarcenet.data.loader import broken_images, load_crops
+    from scarcenet.data.images import broken_images
+    from scarcenet.data.loader import load_crops
 
     poses = read_coco(home / "set/annotations/train.json")
     for instance in poses.instances:

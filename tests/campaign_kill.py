@@ -44,7 +44,7 @@ def film(folder: Path, file: Path) -> None:
     """A video of the set's images."""
     import cv2
 
-    from scarcenet.data.loader import read_image
+    from scarcenet.data.images import read_image
 
     with open_mp4(file, 25, (96, 96)) as add:
         for image in find_images(folder) * 8:

@@ -11,7 +11,8 @@ from PIL import ExifTags, Image
 from scarcenet.affine import apply
 from scarcenet.data.coco import Instance
 from scarcenet.data.exif import exif_turned
-from scarcenet.data.loader import broken_images, instance_image, load_crops, read_image
+from scarcenet.data.images import broken_images, instance_image, read_image
+from scarcenet.data.loader import load_crops
 
 Turn = Image.Transpose
 UNDO = {

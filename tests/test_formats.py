@@ -18,11 +18,11 @@ from scarcenet.data.deeplabcut import read_deeplabcut
 from scarcenet.data.exif import image_size
 from scarcenet.data.formats import read_labels
 from scarcenet.data.hdf5 import plain_pickle, read_stored_table
+from scarcenet.data.images import read_image
 from scarcenet.data.joining import join_sources
 from scarcenet.data.label_source import LONGEST_YAML, Animal, LabelSource, SourceImage, find_below, read_yaml
 from scarcenet.data.label_studio import task_path
 from scarcenet.data.layout import annotation_files, find_splits, name_parts
-from scarcenet.data.loader import read_image
 from scarcenet.data.values import Findings
 from scarcenet.schema import AP10K
 

@@ -17,7 +17,7 @@ from scarcenet.config import PRESETS, Config, read_config
 from scarcenet.data.coco import find_split, read_coco
 from scarcenet.data.formats import read_labels
 from scarcenet.data.hdf5 import open_hdf5
-from scarcenet.data.loader import broken_images
+from scarcenet.data.images import broken_images
 from scarcenet.experiments.ablation import read_grid
 from scarcenet.models.weights import read_model_info, read_state
 from scarcenet.record import read_table, write_table

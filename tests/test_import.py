@@ -19,9 +19,9 @@ from PIL import Image
 
 from scarcenet.cli.main import main
 from scarcenet.data.coco import coco_json, read_coco
+from scarcenet.data.images import read_image
 from scarcenet.data.importing import import_set, needs_import, split_groups
 from scarcenet.data.label_source import Animal, LabelSource, SourceImage
-from scarcenet.data.loader import read_image
 from scarcenet.data.sources import (
     choose_frames,
     count_frames,

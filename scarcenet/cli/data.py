@@ -102,8 +102,8 @@ def check(
 
     from scarcenet.data.check import check_poses, describe_same, describe_turned, same_images
     from scarcenet.data.coco import read_coco
+    from scarcenet.data.images import broken_images
     from scarcenet.data.layout import annotation_files, find_splits
-    from scarcenet.data.loader import broken_images
     from scarcenet.data.splits import describe_labels
     from scarcenet.run.figures import samples_grid, save_figure
 

@@ -45,7 +45,7 @@ def explain(
     decisions = zip(history["epoch"], history["decision"], strict=True)
     print("epochs: " + ", ".join(f"{e} {decision.replace('_', ' ')}" for e, decision in decisions))
     if target:
-        from scarcenet.data.loader import instance_image
+        from scarcenet.data.images import instance_image
         from scarcenet.predict.predictor import find_poses
         from scarcenet.run.figures import save_figure
 

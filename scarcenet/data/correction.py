@@ -29,8 +29,8 @@ from PIL import Image
 
 from .coco import Instance, PoseSet, coco_json
 from .exif import exif_turn
+from .images import instance_image
 from .label_source import PREDICTED, one_line
-from .loader import instance_image
 from ..utils.files import plain_cell, read_json, write_json
 
 # %% ../../nbs/data/correction.ipynb #images

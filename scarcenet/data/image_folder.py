@@ -20,9 +20,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from .exif import is_turned
+from .images import read_image
 from .label_source import LabelSource, SourceImage
 from .layout import name_parts
-from .loader import read_image
 from .sources import choose_frames, find_images, find_videos, pack, read_frames
 from .values import Findings
 from ..utils.files import FULL, kept_from, not_written, remove_stale, temporary_folder

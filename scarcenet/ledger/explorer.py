@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from ..data.coco import PoseSet
 from ..data.correction import name_of
-from ..data.loader import instance_image
+from ..data.images import instance_image
 from ..evaluate import hits
 from scarcenet.ledger.audit import (
     decision_table,

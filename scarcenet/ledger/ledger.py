@@ -262,8 +262,7 @@ def explain_keypoint(ledger: Ledger, instance: int, keypoint: str | int, epoch: 
     return "\n".join(lines)
 
 # %% ../../nbs/ledger/ledger.ipynb #draw
-# marker and colour of each position that is on record
-ANSWERS = {"label": ("X", "#333"), "weak": ("v", "#56B4E9"), "student": ("^", "#56B4E9")}
+ANSWERS = {"label": ("X", "#333"), "weak": ("v", "#56B4E9"), "student": ("^", "#56B4E9")}  # marker, colour
 ANSWERS["teacher"] = ("D", DECISION_COLOURS[Decision.TEACHER_ONLY])
 _COLOURS = {d.name.lower(): colour for d, colour in DECISION_COLOURS.items()}
 

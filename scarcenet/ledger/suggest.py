@@ -24,7 +24,8 @@ from ..config import read_config
 from ..data.coco import PoseSet, Truth
 from ..data.correction import Format, name_of, write_for_correction
 from ..data.image_folder import new_folder
-from ..data.loader import CropCache, instance_image, load_crops
+from ..data.images import instance_image
+from ..data.loader import CropCache, load_crops
 from ..data.sources import spread
 from ..data.splits import read_splits
 from ..data.values import keypoint_box
@@ -312,8 +313,7 @@ def sheet_window(poses: PoseSet, rows: np.ndarray) -> tuple[np.ndarray, np.ndarr
         corners += [np.maximum(box[:2], middle - reach), np.minimum(box[:2] + box[2:], middle + reach)]
     low, high = np.min(corners, 0), np.max(corners, 0)
     side = min(1.2 * (high - low).max(), size.max())
-    room = size - side
-    low = np.clip((low + high - side) / 2, np.minimum(room / 2, 0), np.maximum(room, room / 2))
+    low = np.clip((low + high - side) / 2, np.minimum((size - side) / 2, 0), np.maximum(size - side, (size - side) / 2))
     return low - 0.5, low + side - 0.5
 
 

@@ -213,7 +213,7 @@ class PoseNet(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        # the weights' memory layout decides the activations'; channels last is the faster one (measured below)
+        # the weights' memory layout decides the activations'; channels last is faster (measured in models/build)
         self.to(memory_format=torch.channels_last)
 
     def features(self, images: Tensor) -> Tensor:
@@ -243,5 +243,5 @@ def mbhrnet_w32(K: int) -> PoseNet:
 
 
 def hrnet_tiny(K: int, width: int = 16, head: Head = PlainHead) -> PoseNet:
-    """A small HRNet that trains on two CPU cores at 96-px views (see the table of timings)."""
+    """A small HRNet that trains on two CPU cores at 96-px views (models/build has a table of timings)."""
     return hrnet(K, width, head, stem=16, layer1=1, modules=(1, 1, 1), blocks=1)

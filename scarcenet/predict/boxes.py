@@ -30,7 +30,8 @@ from scarcenet.data.boxes import (
     use_empty,
 )
 from ..data.coco import Instance, PoseSet
-from ..data.loader import instance_image, load_crops
+from ..data.images import instance_image
+from ..data.loader import load_crops
 from ..data.values import keypoint_box
 from ..heatmap import Keypoints
 from .network import predict

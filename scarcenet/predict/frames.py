@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
+from ..data.images import read_image
 from ..data.layout import IMAGES, VIDEOS
-from ..data.loader import read_image
 from ..data.sources import find_images, find_videos, is_torn, is_video, natural, open_video, read_frames
 
 ImageLike = str | os.PathLike | np.ndarray | Image.Image  # a path, (H, W, 3) uint8 RGB, or an RGB image of Pillow's

@@ -18,7 +18,8 @@ from torch import nn
 
 from ..affine import apply, constant, crop_affine, invert, warp
 from ..config import Config
-from ..data.loader import CACHE_MARGIN, CropCache, _cut, normalise
+from ..data.crops import cut_square
+from ..data.loader import CACHE_MARGIN, CropCache, normalise
 from ..heatmap import Keypoints, decode, evaluation_offset
 from ..pseudo_labels import flip_views, predict_multiview
 from ..schema import KeypointSchema
@@ -111,7 +112,7 @@ def cut_crops(images: Sequence[np.ndarray], boxes: np.ndarray, size: int) -> Cro
             height, width = region.shape[0] // 2, region.shape[1] // 2
             region = cv2.resize(region[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
             moved = moved @ np.array([[2, 0, 0.5], [0, 2, 0.5], [0, 0, 1]])
-        pixels[n] = torch.from_numpy(_cut(region, moved, 2 * size))
+        pixels[n] = torch.from_numpy(cut_square(region, moved, 2 * size))
     return CropCache(pixels, affine.float(), crop_affine(box, size).float(), size)
 
 # %% ../../nbs/predict/network.ipynb #network

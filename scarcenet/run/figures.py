@@ -22,7 +22,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from ..data.coco import PoseSet
-from ..data.loader import instance_image
+from ..data.images import instance_image
 from ..evaluate import hits, oks
 from ..relabel import DECISION_COLOURS, Decision
 from ..schema import draw_pose, side_legend
