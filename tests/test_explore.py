@@ -154,7 +154,7 @@ def test_bundle(run):
 
 
 def test_no_animal_is_no_page(run):
-    with pytest.raises(ValueError, match="at least 1 animal to look at, got 0"):
+    with pytest.raises(ValueError, match="animals: expected 1 or more, got 0"):
         report_page(run, most=0)
 
 

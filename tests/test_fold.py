@@ -186,11 +186,11 @@ def test_auto_is_chosen_once(zoo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(settings, "has_bf16", lambda device: True)
     run = train_run("demo", data=zoo, out=tmp_path / "a", progress=False, **quick)
     assert run.config.precision == read_config(tmp_path / "a").precision == "bf16-eval"
-    assert "precision auto chose bf16-eval: bf16 is 2.00 times as fast in eval passes" in capsys.readouterr().out
+    assert "precision: bf16-eval (bf16 is 2.00 times as fast in eval passes" in capsys.readouterr().out
     times["bf16"] = {True: 0.5, False: 0.5}
     again = train_run("demo", data=zoo, out=tmp_path / "a", resume=True, progress=False, **quick)
-    assert again.config.precision == "bf16-eval" and "chose" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="precision is 'bf16-eval' there, but 'float32' was asked for"):
+    assert again.config.precision == "bf16-eval" and "times as fast" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="precision: expected 'bf16-eval', got 'float32'"):
         train_run("demo", data=zoo, out=tmp_path / "a", resume=True, progress=False, precision="float32", **quick)
     assert settings.fastest_precision(run.config, 17) == "bf16"
     times["bf16"] = {True: 0.5, False: 0.95}

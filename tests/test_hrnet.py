@@ -272,7 +272,7 @@ def test_metadata_of_a_weights_file(tmp_path):
     for damage in ({"schema": 17}, {"schema": {"names": ["eye", "eye"]}}, {"unknown": 1}, {"network": None}):
         metadata = asdict(info) | damage
         write_tensors(file, {"a": torch.zeros(1)}, {name: v for name, v in metadata.items() if v is not None})
-        with pytest.raises(ValueError, match=r"m.safetensors: its metadata do not describe a network \(.+\)$"):
+        with pytest.raises(ValueError, match=r"m.safetensors: its metadata does not describe a network \(.+\)$"):
             read_model_info(file)
     safetensors.torch.save_file({"a": torch.zeros(1)}, file, metadata={METADATA: "{"})
     with pytest.raises(ValueError, match=r"m.safetensors: not a readable weights file \(JSONDecodeError\)$"):

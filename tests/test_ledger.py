@@ -235,7 +235,7 @@ def test_faults(run, tmp_path):
         score_decisions(ledger, val)
     torn = write_epoch(tmp_path, 1, records[1])
     torn.write_bytes(torn.read_bytes()[:-30])
-    with pytest.raises(ValueError, match="epoch-0001.parquet: no Parquet file"):
+    with pytest.raises(ValueError, match="epoch-0001.parquet: not a Parquet file"):
         read_epoch(tmp_path, 1, ledger.label_xy)
     write_epoch(tmp_path, 2, records[2])
     with pytest.raises(ValueError, match="epoch-0002.parquet: not an epoch of this ledger"):

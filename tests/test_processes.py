@@ -129,7 +129,7 @@ def test_work_for_one_process(tmp_path):
     """Work that cannot be shared is refused before anything is written."""
     for command in (["demo"], ["study", "animals", "--data", tmp_path]):
         done = start([*LAUNCH, "-m", "scarcenet", *command, "--out", tmp_path / "run"])
-        assert done.returncode != 0 and "is work for one process, but there are 2" in done.stderr
+        assert done.returncode != 0 and "expected one process, got 2" in done.stderr
     assert not any(tmp_path.glob("run/*.csv"))
 
 

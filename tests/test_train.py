@@ -324,10 +324,10 @@ def test_checkpoints_of_other_runs_are_refused(config, run_data, finished, tmp_p
     moved = replace(data, labels=data.labels._replace(xy=data.labels.xy + 1))
     cut.write_bytes(file.read_bytes()[:-1000])
     for checkpoint, settings, training_set, message in (
-        (file, wide, data, "checkpoint.safetensors: no checkpoint of this run"),
+        (file, wide, data, "checkpoint.safetensors: not a checkpoint of this run"),
         (file, config, fewer, "checkpoint.safetensors: pseudo-labels"),
         (file, config, moved, "checkpoint.safetensors: checkpoint was trained with different labels"),
-        (cut, config, data, "cut.safetensors: no checkpoint of this run"),
+        (cut, config, data, "cut.safetensors: not a checkpoint of this run"),
     ):
         with pytest.raises(ValueError, match=message) as refused:
             load_checkpoint(checkpoint, settings, training_set)
@@ -475,7 +475,7 @@ def test_a_folder_with_something_in_it_is_left_alone(config, finished):
     before = {f.name: f.stat().st_mtime_ns for f in finished[0].iterdir()}
     with pytest.raises(ValueError, match="already exists"):
         open_run(finished[0], config)
-    with pytest.raises(ValueError, match="seed is 3 there"):
+    with pytest.raises(ValueError, match="seed: expected 3"):
         open_run(finished[0], replace(config, seed=4), resume=True)
     assert {f.name: f.stat().st_mtime_ns for f in finished[0].iterdir()} == before
 

@@ -303,8 +303,8 @@ def test_the_command(tmp_path, capsys):
         (["--species", "hors"], "got 'hors'"),
         (["--animals", "0"], "expected 1 to 6 animals, got 0"),
         (["--fps", "0"], "fps above 0"),
-        (["--frames", "0"], "frames is 0"),
-        (["--seed", "-1"], "seed is -1"),
+        (["--frames", "0"], "frames: expected 1 to 999999, got 0"),
+        (["--seed", "-1"], "seed: expected 0 to 999999, got -1"),
     ),
 )
 def test_what_cannot_be_filmed(flags, said, tmp_path, capsys):

@@ -210,7 +210,7 @@ def choose_frames(
         raise ValueError(f"choose: expected even or kmeans, got {how!r}")
     video = open_video(file)
     if is_torn(file):
-        warnings.warn(f"{file}: ends within a packet, may be cut short; chosen from readable frames", stacklevel=2)
+        warnings.warn(f"{file}: video ends within a packet; cut short? Readable frames are used", stacklevel=2)
     if how == "even":
         return _even(video, count, set(exclude), progress)
     return _by_appearance(video, count, seed, set(exclude), progress)
