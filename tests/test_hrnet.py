@@ -530,7 +530,7 @@ def test_timm_weights_from_a_file(tmp_path):
     net = timm_net("resnet10t", 5, weights=tmp_path / "resnet.pth").backbone.net
     state = whole.state_dict()
     assert len(net.state_dict()) > 50 and all(torch.equal(t, state[name]) for name, t in net.state_dict().items())
-    with pytest.raises(ValueError, match="resnet.pth: made for another network"):
+    with pytest.raises(ValueError, match="resnet.pth: weights of another network"):
         timm_net("resnet18", 5, weights=tmp_path / "resnet.pth")
 
 
@@ -578,5 +578,5 @@ def test_lite0_maps_the_published_file_by_order(tmp_path):
     variances = [t for name, t in state.items() if name.endswith("running_var")]
     assert variances and all((t >= 0).all() and t.std() > 0 for t in variances)
     torch.save(dict(reversed(state.items())), tmp_path / "reversed.pth")
-    with pytest.raises(ValueError, match="reversed.pth: not the tensors of EfficientNet-Lite0"):
+    with pytest.raises(ValueError, match="reversed.pth: expected the tensors of EfficientNet-Lite0"):
         lite0_state(tmp_path / "reversed.pth")

@@ -630,7 +630,7 @@ def test_a_training_says_how_to_leave_a_missing_image_out(project, tmp_path, cap
     words = ["--data", str(project), *FLAGS, "--labels", "all"]
     assert scarcenet("train", "demo", "--out", str(tmp_path / "a"), *words) == 1
     error = capsys.readouterr().err
-    assert f"{gone}: no such image; `scarcenet import SET --out NEW` makes a set without such images" in error
+    assert f"{gone}: no such image; scarcenet import SET --out NEW makes a set without such images" in error
     assert scarcenet("import", str(project), "--out", str(tmp_path / "new")) == 0
     assert "images that are not there: 1, skipped" in capsys.readouterr().out
     assert scarcenet("check", str(tmp_path / "new")) == 0

@@ -210,7 +210,7 @@ def test_a_video_that_was_cut_short(pose, tmp_path):
         found = list(pose.predict(file, boxes="image"))
     assert 10 < len(found) < 60
     file.write_bytes(b"RIFF")
-    with pytest.raises(ValueError, match="cut.avi: not a video that can be opened"):
+    with pytest.raises(ValueError, match="cut.avi: video cannot be opened"):
         pose.predict(file)
 
 
@@ -586,7 +586,7 @@ def test_videos_are_not_joined_into_one_table(pose, films, tmp_path):
     for name in ("a.csv", "a.h5", "a.nwb"):
         if name == "a.nwb":
             pytest.importorskip("sleap_io")
-        with pytest.raises(ValueError, match=f"{name}: expected one video, got 5 videos and images; name a folder, a/"):
+        with pytest.raises(ValueError, match=f"{name}: expected one video, got 5 videos and images; give a folder, a/"):
             found.save(tmp_path / name)
     with pytest.raises(ValueError, match="a.csv: a file's ending sets its format"):
         found.save(tmp_path / "a.csv", format="h5")
@@ -790,7 +790,10 @@ def test_a_folder_of_drawings(pose, walk, tmp_path):
     assert drawn == {"a.png.jpg", "a.jpg.jpg", "sub/b.jpg", "clip.mp4"}
     sizes = [frame.shape for _, frame in read_frames(tmp_path / "out" / "clip.mp4")]
     assert sizes == [(100, 102, 3)] * 5
-    for path, says in (("x.avi", "a video that is not written here"), ("x.mp4", "one mp4 for 4 videos and images")):
+    for path, says in (
+        ("x.avi", "a video that is not written here"),
+        ("x.mp4", "expected one video for an .mp4, got 4 videos and images"),
+    ):
         with pytest.raises(ValueError, match=says):
             pose.predict(tmp_path / "in", boxes="image").save(tmp_path / "x.json", draw=tmp_path / path)
         assert not (tmp_path / ".x.json.rows").exists()
@@ -888,7 +891,7 @@ def test_a_video_in_the_place_of_the_run(command, walk, tmp_path, capsys):
     words = [walk, *([walk] if command == "predict" else []), "--out", tmp_path / "a.onnx"]
     assert scarcenet(command, *words[:-1], tmp_path / ("a.csv" if command == "predict" else "a.onnx")) == 1
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "herd.mp4: expected the folder of a run, or a weights file, and after it" in said
+    assert said.count("\n") == 1 and "herd.mp4: expected the folder of a run or a weights file, then images" in said
 
 
 def test_a_network_is_written_as_onnx_alone(weights, tmp_path, capsys):
