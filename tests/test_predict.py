@@ -791,7 +791,7 @@ def test_a_folder_of_drawings(pose, walk, tmp_path):
     sizes = [frame.shape for _, frame in read_frames(tmp_path / "out" / "clip.mp4")]
     assert sizes == [(100, 102, 3)] * 5
     for path, says in (
-        ("x.avi", "a video that is not written here"),
+        ("x.avi", "expected a name that ends in .mp4"),
         ("x.mp4", "expected one video for an .mp4, got 4 videos and images"),
     ):
         with pytest.raises(ValueError, match=says):
@@ -869,7 +869,7 @@ def test_the_command(weights, walk, tmp_path, capsys):
         (("WALK", "--out", "a.xlsx"), "expected a folder, or a name that ends in .csv"),
         (("WALK", "--out", "a.csv", "--format", "h5"), "a file's ending sets its format"),
         (("WALK", "--out", "there.csv"), "there.csv: already exists"),
-        (("WALK", "--out", "a.csv", "--draw", "a.mov"), "a.mov: a video that is not written here"),
+        (("WALK", "--out", "a.csv", "--draw", "a.mov"), "a.mov: expected a name that ends in .mp4"),
         (("WALK", "--out", "a.csv", "--boxes", "none.json"), "boxes 'none.json'"),
         (("WALK", "--out", "a.csv", "--boxes", "detector", "--detector", "yolo"), "detector 'yolo': expected one of"),
         (("WALK", "--out", "a.csv", "--device", "cuda:7"), "device cuda:7"),
