@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from warm import Warm, command
+
 from scarcenet.data.sources import find_images
 from scarcenet.utils.files import read_json
 from scarcenet.utils.video import open_mp4
@@ -51,10 +53,9 @@ def film(folder: Path, file: Path) -> None:
             add(cv2.resize(read_image(image), (96, 96)))
 
 
-def start(words: list, resume: bool = False) -> subprocess.Popen:
+def start(words: list, resume: bool = False) -> Warm:
     """Start a command."""
-    command = [sys.executable, "-m", "scarcenet", *map(str, words), *(["--resume"] if resume else [])]
-    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Warm(command, [*words, *(["--resume"] if resume else [])], env=ENV)
 
 
 def is_begun(place: Path, name: str) -> bool:
@@ -106,7 +107,7 @@ def campaign(folder: Path, kills: int, seed: int = 0, how: int = signal.SIGKILL,
     rng, first = random.Random(seed), folder / "first"
     first.mkdir(parents=True)
     zoo = ["zoo", "--out", first / "set", "--train", "16", "--val", "4", "--test", "4"]
-    subprocess.run([sys.executable, "-m", "scarcenet", *map(str, zoo)], env=ENV, check=True, capture_output=True)
+    assert start(zoo).wait() == 0
     film(first / "set" / "data", first / "film.mp4")
     seconds, wrong = {}, []
     for name, words in commands(first).items():
@@ -127,7 +128,7 @@ def campaign(folder: Path, kills: int, seed: int = 0, how: int = signal.SIGKILL,
                 if (place / name).exists() and not begun:  # killed when all was done
                     break
                 process = start(words, begun)
-                try:  # most of the first second is the imports'; after some kills, let it end
+                try:  # after some kills, let it end
                     limit = rng.uniform(0.2, 1.1) * seconds[name] if count < 8 and killed < kills else 600
                     _, error = process.communicate(timeout=limit)
                 except subprocess.TimeoutExpired:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from warm import Warm
 
 from scarcenet.cli import main as cli
 from scarcenet.config import PRESETS, Config, read_config
@@ -175,20 +176,17 @@ def test_one_stage_at_a_time(home, tmp_path, capsys):
     assert "other families" in read_json(tmp_path / "3" / "summary.json")["networks"]["teacher"]["test"]
 
 
+def interruptible(argv):
+    """A shell that starts its jobs in the background has them ignore Ctrl-C, and their children too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(cli.main(argv))
+
+
 def test_ctrl_c(home, tmp_path):
     """Interrupted in the middle of stage 3: exit code 130, a hint at --resume, and no half-written file."""
     flags = [*TINY, "--epochs", "40", "--evaluate-every", "40"]
     argv = ["train", "official", "--data", str(home / "zoo"), "--out", str(tmp_path / "run"), *flags]
-    # a shell that starts its jobs in the background has them ignore Ctrl-C, and their children too
-    program = """
-import signal, sys
-from scarcenet.cli.main import main
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.exit(main())
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *argv], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    process = Warm(interruptible, argv)
     deadline = time.monotonic() + 240
     pseudo = tmp_path / "run" / "pseudo.json"  # stage 3 begins when it has been written
     while not pseudo.exists() and time.monotonic() < deadline and process.poll() is None:

@@ -1,6 +1,7 @@
 """A full disk, a quota that is used up, a closed folder: injected into each writer, below its library."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -66,7 +67,7 @@ PWRITE(pwrite) PWRITE(pwrite64)
 """
 
 PROGRAM = r"""
-import copy, errno, os, sys, warnings
+import copy, errno, json, os, sys, warnings
 from pathlib import Path
 
 import numpy as np
@@ -93,11 +94,11 @@ from scarcenet.utils.video import open_mp4, video_codec
 import matplotlib.pyplot as plt
 
 warnings.simplefilter("ignore")
-zoo, folder, fault = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+zoo, place, faults = Path(sys.argv[1]), Path(sys.argv[2]), map(int, sys.argv[3:])
 model = build_network(Config(network="hrnet_tiny", backbone=""), 17)
 state = State(model, copy.deepcopy(model), adam(model, 1e-3))
 poses = read_coco(*find_split(zoo, "val"))
-film = Source(str(folder / "film.mp4"), "film", True, 400, 25.0)
+film = Source(str(place / "film.mp4"), "film", True, 400, 25.0)
 table = PoseTable(17)
 rows = np.zeros(400, row_type(17))
 rows["item"] = rows["frame"] = np.arange(400)
@@ -132,8 +133,8 @@ def metrics(file):
     append_metrics(file, {"stage": "supervised", "epoch": 1, "loss": 0.5})
 
 
-def page(folder):
-    return lambda file: write_page(folder, {})
+def page(home):
+    return lambda file: write_page(home, {})
 
 
 WRITERS = {
@@ -144,7 +145,7 @@ WRITERS = {
     "a.json": lambda f: write_json(f, [1]),
     "run/config.json": lambda f: open_run(f.parent, Config()),
     "figure.png": figure,
-    "index.html": page(folder),
+    "index.html": page(place),
     "set": images,
     "cache": lambda f: load_crops(poses.instances, 32, limit_mb=0, cache=f),
     ".lock": lock,
@@ -153,40 +154,45 @@ WRITERS = {
     **({"film-h264.mp4": video(video_codec())} if video_codec() != "mp4v" else {}),
 }
 again = {"set", "run/config.json", "cache"}  # these are not written twice
-wrong = []
-for name, write in WRITERS.items():
-    home = folder / name.replace("/", "-").strip(".")
-    home.mkdir()
-    file = home / name
-    if name == "index.html":
-        write_json(home / "summary.json", dict(seed=0, device="", seconds=0, peak_rss_mb=0))
-        write = page(home)
-    if name not in again and name != ".lock":
-        file.parent.mkdir(exist_ok=True)
-        write(file)
-    before = {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
-    os.environ["FAULT"] = str(fault)
-    try:
-        write(file)
-        wrong.append(f"{name}: no error")
-    except (OSError, ValueError) as e:
-        line = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
-        good = os.strerror(fault) in line or "disk" in line
-        if not good or str(home) not in line and name not in line or "\n" in line or ".part" in line:
-            wrong.append(f"{name}: {line!r}")
-    except BaseException as e:
-        wrong.append(f"{name}: {e!r}")
-    finally:
-        del os.environ["FAULT"]
-    after = {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
-    if after != before:
-        wrong.append(f"{name}: changed {sorted(str(p) for p in after.keys() ^ before.keys())}")
-    write(file)  # there is room again
-    if [p for p in home.rglob("*.part")]:
-        wrong.append(f"{name}: left something")
-print(f"{len(WRITERS)} writers, {os.strerror(fault)}: {len(wrong)} wrong")
-print("\n".join(wrong))
-sys.exit(bool(wrong))
+
+
+def faulty(fault, folder):
+    # what is wrong with the writers when each fails with this number
+    wrong = []
+    for name, write in WRITERS.items():
+        home = folder / name.replace("/", "-").strip(".")
+        home.mkdir(parents=True)
+        file = home / name
+        if name == "index.html":
+            write_json(home / "summary.json", dict(seed=0, device="", seconds=0, peak_rss_mb=0))
+            write = page(home)
+        if name not in again and name != ".lock":
+            file.parent.mkdir(exist_ok=True)
+            write(file)
+        before = {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
+        os.environ["FAULT"] = str(fault)
+        try:
+            write(file)
+            wrong.append(f"{name}: no error")
+        except (OSError, ValueError) as e:
+            line = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
+            good = os.strerror(fault) in line or "disk" in line
+            if not good or str(home) not in line and name not in line or "\n" in line or ".part" in line:
+                wrong.append(f"{name}: {line!r}")
+        except BaseException as e:
+            wrong.append(f"{name}: {e!r}")
+        finally:
+            del os.environ["FAULT"]
+        after = {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
+        if after != before:
+            wrong.append(f"{name}: changed {sorted(str(p) for p in after.keys() ^ before.keys())}")
+        write(file)  # there is room again
+        if [p for p in home.rglob("*.part")]:
+            wrong.append(f"{name}: left something")
+    return wrong
+
+
+print(json.dumps({fault: faulty(fault, place / str(fault)) for fault in faults}))
 """
 
 
@@ -205,15 +211,25 @@ def shim(tmp_path_factory):
     return folder / "shim.so"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EROFS", "EACCES"])
-def test_writers(zoo, shim, tmp_path, name):
-    """One line that names the file; what was there is unchanged; the next attempt, with room, succeeds."""
-    env = os.environ | {"LD_PRELOAD": str(shim), "FAULT_FOLDER": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", PROGRAM, zoo, tmp_path, getattr(errno, name)]
+FAULTS = ["ENOSPC", "EDQUOT", "EROFS", "EACCES"]
+
+
+@pytest.fixture(scope="module")
+def wrong(zoo, shim, tmp_path_factory):
+    """What went wrong in a process that has met every fault, by the fault's number."""
+    place = tmp_path_factory.mktemp("faults")
+    env = os.environ | {"LD_PRELOAD": str(shim), "FAULT_FOLDER": str(place), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", PROGRAM, zoo, place, *(getattr(errno, name) for name in FAULTS)]
     done = subprocess.run([str(w) for w in words], env=env, capture_output=True, text=True, timeout=300)
-    print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_writers(wrong, name):
+    """One line that names the file; what was there is unchanged; the next attempt, with room, succeeds."""
+    assert wrong[str(getattr(errno, name))] == []
 
 
 def test_permissions(tmp_path):

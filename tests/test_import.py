@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -16,8 +15,10 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from warm import Warm
 
 from scarcenet.cli.main import main
+from scarcenet.data import importing
 from scarcenet.data.coco import coco_json, read_coco
 from scarcenet.data.images import read_image
 from scarcenet.data.importing import import_set, needs_import, split_groups
@@ -783,26 +784,28 @@ def test_labels_given_twice_hold_nothing_back_that_is_trained_on(project, tmp_pa
 
 # ---- imports that are killed
 
-KILLED = """
-import sys, time
-from scarcenet.cli.main import main
-from scarcenet.data import importing
 
-def wait(*_, **__):
-    print("begun", flush=True)
-    time.sleep(60)
+def import_until_killed(project, out, begun):
+    """An import that stops in the middle, once it has made the file `begun`."""
 
-importing.write_annotations = wait
-sys.exit(main(["import", sys.argv[1], "--out", sys.argv[2]]))
-"""
+    def wait(*_, **__):
+        begun.touch()
+        time.sleep(60)
+
+    importing.write_annotations = wait
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    sys.exit(main(["import", str(project), "--out", str(out)]))
 
 
 @pytest.mark.parametrize(("how", "code", "left"), [("SIGTERM", 143, 0), ("SIGINT", 130, 0), ("SIGKILL", -9, 1)])
 def test_an_import_that_is_killed(project, tmp_path, how, code, left):
     """It clears away what it began, if it can; and if it cannot, the next import of the same name does."""
-    words = [sys.executable, "-c", KILLED, str(project), str(tmp_path / "set")]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "begun\n"
+    begun = tmp_path / "begun"
+    process = Warm(import_until_killed, project, tmp_path / "set", begun)
+    while not begun.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    begun.unlink()
     process.send_signal(getattr(signal, how))
     _, error = process.communicate(timeout=30)
     assert process.returncode == code and "Traceback" not in error

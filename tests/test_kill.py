@@ -1,7 +1,6 @@
 """Killed at any moment, ended by a batch system, started twice, on a machine without the modules of Unix."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,8 +8,10 @@ import time
 
 import psutil
 import pytest
-from campaign_kill import ENV, TINY, campaign, content, start
-from test_processes import LAUNCH
+from campaign_kill import TINY, campaign, content, start
+from test_processes import ENV as TWO
+from test_processes import LAUNCH, together
+from warm import Warm
 
 from scarcenet.utils import files, lock
 from scarcenet.utils.lock import Holder, locked, read_holder
@@ -56,20 +57,19 @@ def test_sigterm(zoo, whole, tmp_path):
 @pytest.mark.timeout(900)
 def test_one_of_two_processes_is_killed(zoo, tmp_path):
     """The other ends, and the run goes on to the same end."""
-    env = ENV | {"ACCELERATE_USE_CPU": "1"}
 
-    def launch(out, *more):
-        words = [*LAUNCH, "-m", "scarcenet", "train", *TINY, "", "--data", zoo, "--out", out, *more]
-        return subprocess.Popen([str(w) for w in words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def words(folder):
+        return ["train", *TINY, "", "--data", zoo, "--out", folder / "run"]
 
-    assert launch(tmp_path / "a" / "run").wait(300) == 0
-    process = launch(tmp_path / "b" / "run")
+    together(words(tmp_path / "a"))
+    launch = [*LAUNCH, "-m", "scarcenet", *words(tmp_path / "b")]
+    process = subprocess.Popen(list(map(str, launch)), env=TWO, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for(tmp_path / "b" / "run" / "checkpoint.safetensors", process)
     ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
     ranks[0].kill()
     process.communicate(timeout=120)
     assert process.returncode != 0
-    assert launch(tmp_path / "b" / "run", "--resume").wait(300) == 0
+    together([*words(tmp_path / "b"), "--resume"])
     assert content(tmp_path / "b") == content(tmp_path / "a")
 
 
@@ -120,28 +120,23 @@ def test_a_lock_of_another_machine(tmp_path, monkeypatch):
                 pass
 
 
-ADD = """
-import sys
-from pathlib import Path
-from scarcenet.experiments.ablation import add_row
+def add_twenty_rows(file, method):
+    from scarcenet.experiments.ablation import add_row
 
-for n in range(20):
-    row = dict(labels="1", seed=n, method=sys.argv[2], seconds=0.0)
-    add_row(Path(sys.argv[1]), row)
-"""
+    for n in range(20):
+        add_row(file, dict(labels="1", seed=n, method=method, seconds=0.0))
 
 
 def test_two_studies_fill_one_file(tmp_path):
     """No row is lost."""
-    words = [sys.executable, "-c", ADD, str(tmp_path / "study.csv")]
-    both = [subprocess.Popen([*words, method], env=ENV) for method in ("supervised", "scarcenet")]
+    both = [Warm(add_twenty_rows, tmp_path / "study.csv", method) for method in ("supervised", "scarcenet")]
     assert [p.wait(120) for p in both] == [0, 0]
     assert len((tmp_path / "study.csv").read_text().splitlines()) == 41
     assert [f.name for f in tmp_path.iterdir()] == ["study.csv"]
 
 
 HIDDEN = """
-import os, sys
+import json, os, sys
 
 import accelerate, cv2, pandas, psutil, timm, torch, torchvision  # which ask for themselves what there is
 
@@ -158,19 +153,19 @@ import scarcenet.run.train_run
 scarcenet.run.train_run.peak_rss_mb = device.peak_rss_mb
 from scarcenet.cli.main import main
 
-sys.exit(main(sys.argv[1:]))
+sys.exit(any(main(words) for words in json.loads(sys.argv[1])))
 """
 
 
 @pytest.mark.slow
 def test_without_the_modules_of_unix(zoo, tmp_path):
     """As on Windows: a training with a cache on the disk, and a prediction."""
-    run = [sys.executable, "-c", HIDDEN]
     flags = [*TINY, "", "--data", zoo, "--crop-cache-mb", "0", "--cache", tmp_path / "cache"]
-    done = [*run, "train", *flags, "--out", tmp_path / "run"], [*run, "predict", tmp_path / "run", zoo / "data"]
-    for words in (done[0], [*done[1], "--device", "cpu", "--out", tmp_path / "poses.csv"]):
-        result = subprocess.run([str(w) for w in words], env=os.environ, capture_output=True, text=True, timeout=200)
-        assert result.returncode == 0, result.stderr
+    train = ["train", *flags, "--out", tmp_path / "run"]
+    predict = ["predict", tmp_path / "run", zoo / "data", "--device", "cpu", "--out", tmp_path / "poses.csv"]
+    words = json.dumps([train, predict], default=str)
+    result = subprocess.run([sys.executable, "-c", HIDDEN, words], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / "poses.csv").exists() and list((tmp_path / "cache").glob("*.crops"))
 
 

@@ -6,31 +6,21 @@ Cells that are flagged as slow or for a GPU (`tst_flags` in settings.ini) are le
 import os
 import shutil
 import subprocess
-import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 240  # seconds a notebook, with one thread
-RUN = (
-    "import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1], flags='', n_workers=1, do_print=True)"
-)
 
 
 def run(file: Path) -> subprocess.CompletedProcess:
     """`nbdev_test` of one notebook; its exit code is not 0 if a cell fails."""
-    environment = os.environ | {"MPLBACKEND": "agg", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
-    return subprocess.run(
-        [sys.executable, "-c", RUN, str(file)],
-        cwd=ROOT if ROOT in file.parents else file.parent.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
+    folder = ROOT if ROOT in file.parents else file.parent.parent
+    return warm.run(warm.notebook, file, timeout=LIMIT, env=os.environ | {"MPLBACKEND": "agg"}, cwd=folder)
 
 
 NOTEBOOKS = sorted(f for f in (ROOT / "nbs").rglob("*.ipynb") if not {"runs", ".ipynb_checkpoints"} & set(f.parts))
