@@ -5,12 +5,15 @@ In double precision, see launched.py.
 
 import csv
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
+from warm import Warm, command
 
 from scarcenet.ledger.ledger import open_ledger
 from scarcenet.relabel import Decision
@@ -28,14 +31,28 @@ pytestmark = pytest.mark.slow  # each test starts processes of its own
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
 
 
-def start(command):
-    return subprocess.run([str(c) for c in command], env=ENV, capture_output=True, text=True, timeout=400)
-
-
-def run(command):
-    done = start(command)
+def run(words):
+    done = subprocess.run([str(w) for w in words], env=ENV, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def start_together(words):
+    """`scarcenet` in two processes at once, which find each other as a launcher's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    both = [Warm(command, words, env=env | sizes | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    return [subprocess.CompletedProcess(words, p.wait(400), *p.communicate()) for p in both]
+
+
+def together(words):
+    """What the first of two processes has printed; the second prints nothing."""
+    first, second = start_together(words)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr[-3000:] + second.stderr[-3000:]
+    assert second.stdout == ""
+    return first
 
 
 def train_flags(zoo, more):
@@ -44,11 +61,17 @@ def train_flags(zoo, more):
     return ["train", "demo", "--data", zoo, "--backbone", "", *flags.split(), *more.split()]
 
 
+def alone(zoo, out):
+    import launched  # which changes batch norm
+
+    launched.main(zoo, out)
+
+
 @pytest.fixture(scope="module")
 def outcomes(zoo, tmp_path_factory):
     """What one process and two compute in one epoch of stage 1, the pseudo-labels and three steps of stage 3."""
     folder = tmp_path_factory.mktemp("processes")
-    run([sys.executable, PROGRAM, zoo, folder / "1.pt"])
+    assert Warm(alone, zoo, folder / "1.pt", env=ENV).wait(400) == 0
     run([*LAUNCH, PROGRAM, zoo, folder / "2.pt"])
     one, two = (torch.load(folder / f"{n}.pt", weights_only=True) for n in (1, 2))
     assert (one.pop("processes"), two.pop("processes")) == (1, 2) and one.keys() == two.keys()
@@ -104,32 +127,32 @@ def test_command_line(zoo, tmp_path):
     for epoch in ledger.epochs:
         assert sorted(set(ledger.record(epoch).index.tolist())) == list(range(len(ledger.instances)))
     # one process resumes what two have begun, and finds it finished
-    again = run([sys.executable, "-m", "scarcenet", *train, "--out", folder, "--resume"])
+    again = warm.run(command, [*train, "--out", folder, "--resume"], timeout=400, env=ENV)
 
     def table(text):
         return [line for line in text.splitlines() if line.startswith("|")]
 
     assert table(again.stdout) == table(done.stdout)
     # both predict their share of the poses, and one process reports
-    evaluation = run([*LAUNCH, "-m", "scarcenet", "eval", folder, "--json", tmp_path / "eval.json"])
+    evaluation = together(["eval", folder, "--json", tmp_path / "eval.json"])
     assert evaluation.stdout.count("teacher by family") == 1
     measured = read_json(tmp_path / "eval.json")["teacher"]["overall"]["AP"]
     expected = read_json(folder / "summary.json")["networks"]["teacher"]["test"]["overall"]["AP"]
     assert measured == pytest.approx(expected, abs=1e-3)
-    run([*LAUNCH, "-m", "scarcenet", "pseudo", folder, "--out", tmp_path / "pseudo.json"])
+    together(["pseudo", folder, "--out", tmp_path / "pseudo.json"])
     assert len(read_json(tmp_path / "pseudo.json")["annotations"]) == len(ledger.instances)
 
 
 def test_a_batch_that_cannot_be_shared(zoo, tmp_path):
-    done = start([*LAUNCH, "-m", "scarcenet", *train_flags(zoo, "--supervised-batch 3"), "--out", tmp_path / "run"])
-    assert done.returncode != 0 and "scarcenet: 3 instances cannot be shared equally by 2 processes" in done.stderr
+    for done in start_together([*train_flags(zoo, "--supervised-batch 3"), "--out", tmp_path / "run"]):
+        assert done.returncode != 0 and "scarcenet: 3 instances cannot be shared equally by 2 processes" in done.stderr
 
 
 def test_work_for_one_process(tmp_path):
     """Work that cannot be shared is refused before anything is written."""
-    for command in (["demo"], ["study", "animals", "--data", tmp_path]):
-        done = start([*LAUNCH, "-m", "scarcenet", *command, "--out", tmp_path / "run"])
-        assert done.returncode != 0 and "expected one process, got 2" in done.stderr
+    for words in (["demo"], ["study", "animals", "--data", tmp_path]):
+        for done in start_together([*words, "--out", tmp_path / "run"]):
+            assert done.returncode != 0 and "expected one process, got 2" in done.stderr
     assert not any(tmp_path.glob("run/*.csv"))
 
 
