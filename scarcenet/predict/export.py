@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..affine import invert, warp
-from ..data.loader import normalise
+from ..data.loader import normalise, seeded
 from ..heatmap import Keypoints, decode, evaluation_offset
 from ..models.build import describe_network
 from ..models.weights import METADATA
@@ -29,6 +29,7 @@ from .predictor import Predictor, find_config, find_poses
 from ..pseudo_labels import average_views, flip_views
 from ..schema import KeypointSchema
 from ..utils.files import atomic, new_file
+from ..utils.fold import fold
 
 # %% ../../nbs/predict/export.ipynb #module
 class ExportedPose(nn.Module):
@@ -113,8 +114,10 @@ def export_onnx(predictor: Predictor, file: Path | str, *, flip_test: bool = Tru
     if not OPSET <= opset <= highest:
         raise ValueError(f"opset: expected {OPSET} to {highest} (of the installed onnx), got {opset}")
     about = describe_export(predictor, flip_test=flip_test)
+    model = copy.deepcopy(predictor.model).cpu()
+    folded = fold(model, torch.randn(1, 3, predictor.size, predictor.size, generator=seeded(0)))
     exported = ExportedPose(
-        copy.deepcopy(predictor.model).cpu(),
+        folded.net if folded else model,  # with fewer nodes, it is traced sooner
         predictor.schema,
         predictor.size,
         flip_test=about["flip_test"],
