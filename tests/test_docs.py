@@ -1,5 +1,6 @@
 """The site: it is made without a warning, all is in it, no link is broken, and it works in a browser."""
 
+import fcntl
 import functools
 import http.server
 import importlib.util
@@ -96,22 +97,21 @@ def seconds_of_children() -> float:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The site as .ci/docs.py makes it, once for all workers: warnings and wrong links are errors.
-
-    Tests that use it are marked as timing, so that no two of them make it at once.
-    """
+    """The site as .ci/docs.py makes it, once for all workers: warnings and wrong links are errors."""
     base = tmp_path_factory.getbasetemp()
-    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "site"
-    if not out.exists():
-        began = seconds_of_children()
-        done = subprocess.run([sys.executable, ROOT / ".ci" / "docs.py", out], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert seconds_of_children() - began < LIMIT
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out = shared / "site"
+    with open(shared / "site.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second waits
+        if not out.exists():
+            began = seconds_of_children()
+            done = subprocess.run([sys.executable, ROOT / ".ci" / "docs.py", out], capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+            assert seconds_of_children() - began < LIMIT
     return out
 
 
 @pytest.mark.slow
-@pytest.mark.timing
 @pytest.mark.timeout(480)
 def test_the_site_is_whole(site):
     for name, notebook in NOTEBOOKS.items():
@@ -162,7 +162,6 @@ def page(address):
 
 
 @pytest.mark.slow
-@pytest.mark.timing
 @pytest.mark.timeout(480)
 def test_in_a_browser(page, address):
     # from the first page to a chapter, whose formulas are drawn; by the gallery to a figure
