@@ -45,7 +45,7 @@ def test_brackets_in_texts_are_no_depth():
     names = {"images": [{"file_name": f"frame[{n}.png", "note": '\\"['} for n in range(300)]}
     assert parse_json(json.dumps(names)) == names
     for closing in ('["]",' * 300, "[" * 300 + "]" * 300):  # nor do they hide any
-        with pytest.raises(ValueError, match="expected at most 200 brackets"):
+        with pytest.raises(ValueError, match="expected at most 200 nested brackets"):
             parse_json(closing)
 
 
@@ -183,7 +183,7 @@ def test_an_h5_that_claims_much(tmp_path):
         with open_hdf5(tmp_path / "a.h5"):
             pass
 
-    refused(tmp_path / "a.h5", read, "claims 8000000000 bytes")
+    refused(tmp_path / "a.h5", read, "states 8000000000 bytes")
     with h5py.File(tmp_path / "b.h5", "w") as content:
         content["frame_numbers"] = 7
 

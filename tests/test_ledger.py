@@ -96,7 +96,7 @@ def test_other_rules(run):
     # no rule touches a person's labels
     decision = redecide(ledger, 2, record, keep=0.0, agree_px=0.0, drop=0.99)
     assert torch.equal((decision == Decision.TRUTH)[~unlabelled], (record.decision == Decision.TRUTH)[~unlabelled])
-    with pytest.raises(ValueError, match="drop is 2"):
+    with pytest.raises(ValueError, match="drop: expected at least 0 and at most 1, got 2.0"):
         redecide(ledger, 2, record, drop=2.0)
 
 
@@ -227,7 +227,7 @@ def test_faults(run, tmp_path):
     folder, run_data, records = run
     val = run_data.evaluated["val"]
     ledger = open_ledger(folder)
-    with pytest.raises(ValueError, match="other instances"):
+    with pytest.raises(ValueError, match="expected the ledger of the instances and labels of .* got another"):
         start_ledger(ledger.folder, val, torch.zeros(len(val), dtype=torch.bool))
     with pytest.raises(ValueError, match="epoch 9 is not recorded; epochs 1 to 3 are"):
         explain_keypoint(ledger, 0, "nose", 9)

@@ -497,7 +497,7 @@ def test_a_split_without_keypoints_is_left_out(project, tmp_path):
     content = read_json(project / "annotations" / "train.json")
     write_json(project / "annotations" / "test.json", content | {"annotations": []})
     config = sn.Config(data=str(project), labels="all", holdout=0.25)
-    with pytest.warns(UserWarning, match="no instance with keypoints to evaluate on; test is left out"):
+    with pytest.warns(UserWarning, match="no instance with keypoints to evaluate on; split test is not evaluated"):
         assert read_splits(config, tmp_path).evaluated.keys() == {"val"}
 
 

@@ -240,13 +240,13 @@ def test_another_configuration(whole, config, tmp_path, capsys):
     run(*argv)
     capsys.readouterr()
     run(*argv, "--resume", "--lr", 0.5, code=1)
-    assert "lr is" in error(capsys)
+    assert "lr: expected 0.002, got 0.5" in error(capsys)
     run(*argv, code=1)
     assert "--resume" in error(capsys)
 
 
 def test_another_configuration_in_the_library(whole, config):
-    with pytest.raises(ValueError, match="lr is"):
+    with pytest.raises(ValueError, match="lr: expected 0.001, got 0.5"):
         train(replace(config, lr=0.5), whole[0])
 
 

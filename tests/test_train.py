@@ -325,7 +325,7 @@ def test_checkpoints_of_other_runs_are_refused(config, run_data, finished, tmp_p
     cut.write_bytes(file.read_bytes()[:-1000])
     for checkpoint, settings, training_set, message in (
         (file, wide, data, "checkpoint.safetensors: not a checkpoint of this run"),
-        (file, config, fewer, "checkpoint.safetensors: pseudo-labels"),
+        (file, config, fewer, "checkpoint.safetensors: expected pseudo-labels of the data set's 24 instances, got 25"),
         (file, config, moved, "checkpoint.safetensors: checkpoint was trained with different labels"),
         (cut, config, data, "cut.safetensors: not a checkpoint of this run"),
     ):
