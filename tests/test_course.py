@@ -128,7 +128,7 @@ def test_colours_of_sides_mean_sides():
         assert [file.stem for side in ("left", "right") if SIDE_COLOURS[side].lower() in code] == []
 
 
-def lightness(colours, blind=None) -> np.ndarray:
+def lab(colours, blind=None) -> np.ndarray:
     """CIE L*a*b* (N, 3) of colours #rrggbb, as the eye without red or green cones sees them (Machado et al. 2009)."""
     rgb = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colours]) / 255
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
@@ -149,9 +149,9 @@ def lightness(colours, blind=None) -> np.ndarray:
     ids=["all cones", "no red", "no green"],
 )
 def test_sides_decisions_and_methods_are_told_apart(blind):
-    """By everybody: of colours that differ by 20 in L*a*b*, nobody takes one for the other."""
+    """With and without colour blindness: colours that differ by 20 in L*a*b* are not confused."""
     sides, decisions, methods = (list(p.values()) for p in (SIDE_COLOURS, DECISION_COLOURS, METHOD_COLOURS))
-    left, right, middle, *others = lightness([*sides, *decisions, METHOD_COLOURS["scarcenet"]], blind)
+    left, right, middle, *others = lab([*sides, *decisions, METHOD_COLOURS["scarcenet"]], blind)
     for side in (left, right):
         assert min(np.linalg.norm(side - other) for other in (*others, middle)) > 20
     assert np.linalg.norm(left - right) > 75 and abs(left - right)[0] > 25  # in print without colours, too

@@ -102,7 +102,7 @@ def site(tmp_path_factory) -> Path:
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     out = shared / "site"
     with open(shared / "site.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second waits
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other worker waits
         if not out.exists():
             began = seconds_of_children()
             done = subprocess.run([sys.executable, ROOT / ".ci" / "docs.py", out], capture_output=True, text=True)
