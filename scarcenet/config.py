@@ -32,7 +32,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a training run; the defaults are the paper's.
+    """All settings of a training run; the defaults are the method's (`OFFICIAL` has the official code's quirks).
 
     An epoch of stage 1 is `supervised_repeat` passes over the labelled instances. An epoch of stage 3 is one pass over
     all instances. Raises ValueError for a value of the wrong type or out of range.
@@ -79,7 +79,7 @@ class Config:
 
     # network
     network: str = "mbhrnet_w32"
-    """mbhrnet_w32 (the paper's), hrnet_w32, hrnet_w48 (a single head), hrnet_tiny, or timm:NAME (any timm backbone)"""
+    """mbhrnet_w32 (the method's), hrnet_w32, hrnet_w48 (a single head), hrnet_tiny, or timm:NAME (any timm backbone)"""
     backbone: str = ""
     """weights for the backbone alone: a file (HRNet's ImageNet weights, an MMPose checkpoint); for timm also imagenet
     (from its hub) or lite0 (from the installed package)"""
@@ -138,7 +138,7 @@ class Config:
     schedule: Literal["step", "one_cycle"] = "step"
     """learning rate schedule of stage 3, as in `supervised_schedule`"""
     milestones: tuple[int, ...] = (190, 200)
-    """as `supervised_milestones`, for stage 3; the paper preset's lie after the last epoch, as in the official code, so
+    """as `supervised_milestones`, for stage 3; the default's lie after the last epoch, as in the official code, so
     the rate stays constant"""
     keep_epochs: int = 30
     """epochs over which the share of kept (small-loss) labels falls, along half a cosine"""
@@ -284,7 +284,7 @@ ANIMALS = replace(
     DEMO, data="animals", size=128, labels=25, supervised_epochs=6, epochs=10, labelled_repeat=4, evaluate_every=5
 )
 
-# AP-10K's folder is given with --data; the paper starts from ImageNet weights: --backbone
+# AP-10K's folder is given with --data; the official code starts from ImageNet weights: --backbone
 AP10K_PRESETS = {f"ap10k-{n}": Config(data="ap10k", labels=n) for n in (5, 10, 15, 20, 25)}
 TRANSFER = Config(data="ap10k", families=("Bovidae",))
 

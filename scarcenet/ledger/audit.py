@@ -118,7 +118,7 @@ def draw_outcomes(frame: pd.DataFrame) -> Figure:
 
     by_epoch = shares(known, "epoch")
     by_name = shares(known[known["epoch"] == end], "name")
-    figure = Figure(figsize=(8, 3.6), dpi=80, layout="constrained")
+    figure = Figure(figsize=(8, 3.6), dpi=96, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
     left.stackplot(by_epoch.index, by_epoch.T.to_numpy(), colors=list(OUTCOMES.values()), labels=list(OUTCOMES), lw=0)
     first = by_epoch.index.min()
@@ -130,7 +130,7 @@ def draw_outcomes(frame: pd.DataFrame) -> Figure:
         start += by_name[outcome].to_numpy()
     right.set(xlim=(0, 1), xlabel=f"share, epoch {end}")
     right.invert_yaxis()
-    right.tick_params(labelsize=7)
+    right.tick_params(labelsize=8)
     figure.legend(*left.get_legend_handles_labels(), ncols=5, loc="outside lower center", frameon=False, fontsize=8)
     return figure
 
@@ -142,7 +142,7 @@ def draw_flow(frame: pd.DataFrame, most: int = 6) -> Figure:
     ranked = (Decision.RELIABLE, Decision.REUSABLE, Decision.TEACHER_ONLY, Decision.IGNORED)
     kinds = {kind: kind.name.lower() for kind in ranked if (frame["decision"] == kind.name.lower()).any()}
     wide = frame[frame["epoch"].isin(epochs)].pivot(index=["instance", "keypoint"], columns="epoch", values="decision")
-    figure = Figure(figsize=(8, 3.4), dpi=80, layout="constrained")
+    figure = Figure(figsize=(8, 3.4), dpi=96, layout="constrained")
     ax = figure.subplots()
     gap = 0.03
 
@@ -212,7 +212,7 @@ def what_if(
 
 def draw_what_if(tables: Sequence[pd.DataFrame], stands: Sequence[float]) -> Figure:
     """Tables of `what_if` beside each other: shares above, precision below; a line where the run `stands`."""
-    figure = Figure(figsize=(8, 3.8), dpi=80, layout="constrained")
+    figure = Figure(figsize=(8, 3.8), dpi=96, layout="constrained")
     axes = figure.subplots(2, len(tables), sharey="row", sharex="col", squeeze=False)
     for (top, bottom), table, at in zip(axes.T, tables, stands, strict=True):
         rule = table.columns[0]

@@ -155,9 +155,9 @@ function whyNotReliable(f, rules) {
 /** One plain sentence: why keypoint facts f got its decision. */
 function verdict(f, labelled, rules, agree, kinds) {
   const loss = whyNotReliable(f, rules);
-  const answers = Number.isFinite(f.distance)
+  const agreement = Number.isFinite(f.distance)
     ? `its two predictions differ by ${f.distance.toFixed(2)} heatmap px` : "its two predictions cannot be compared";
-  const unused = labelled ? "this keypoint is not annotated" : `${loss} and ${answers}`;
+  const unused = labelled ? "this keypoint is not annotated" : `${loss} and ${agreement}`;
   const why = {
     [TRUTH]: "Human label, used as it is",
     [RELIABLE]: "The pseudo-label is used, because its loss is among the smallest of its batch",
@@ -402,7 +402,7 @@ function makePanel(context) {
       ["confidence", f.score.toFixed(3) + cut],
       ["loss", Number.isNaN(f.loss) ? "none" : f.loss.toPrecision(3)],
       ["place in its batch", f.rank < 0 ? "did not compete" : `rank ${f.rank + 1}, quota ${f.quota} (run)`],
-      ["answers apart", Number.isNaN(f.distance) ? "none" : `${f.distance.toFixed(2)} heatmap px, ${near}`],
+      ["predictions apart", Number.isNaN(f.distance) ? "none" : `${f.distance.toFixed(2)} heatmap px, ${near}`],
       ["target moved", f.d < REUSABLE ? "no label used" : `${apart(f.target, f.label).toFixed(2)} crop px`],
     ];
     if (!hasTruth) return rows;

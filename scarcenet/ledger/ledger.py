@@ -283,7 +283,7 @@ def draw_explained(
     k, box = find_keypoint(ledger, instance, keypoint), ledger.instances.iloc[instance]
     history = read_frame(ledger, instance=instance).query("keypoint == @k").set_index("epoch")
     row, epochs = history.loc[epoch], history.index
-    figure = Figure(figsize=(8, 3.6), dpi=80, layout="constrained")
+    figure = Figure(figsize=(8, 3.6), dpi=96, layout="constrained")
     axes = figure.subplot_mosaic("AD;AN", width_ratios=(1, 1.1), height_ratios=(1, 4))
     animal, decisions, numbers = (axes[letter] for letter in "ADN")
 

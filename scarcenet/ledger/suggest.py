@@ -321,7 +321,7 @@ def draw_suggested(poses: PoseSet, reasons: list[str], columns: int = 4) -> Figu
     """The first images of a set, each around its animals, with their keypoints; below each its number and reason."""
     by_image = _rows_by_image(poses.column("image_id"))[:MOST_DRAWN]
     lines = math.ceil(len(by_image) / columns)
-    figure = Figure(figsize=(2.4 * columns, 3.05 * lines), dpi=90, layout="constrained")
+    figure = Figure(figsize=(2.4 * columns, 3.05 * lines), dpi=96, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax in axes[len(by_image) :]:
         ax.axis("off")

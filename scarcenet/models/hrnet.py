@@ -238,7 +238,7 @@ def mbhrnet(K: int, width: int = 32, **shape: Any) -> PoseNet:
 
 
 def mbhrnet_w32(K: int) -> PoseNet:
-    """The paper's network, MBHRNet-W32; 28.9 M parameters at K = 17."""
+    """The official code's network, MBHRNet-W32; 28.9 M parameters at K = 17."""
     return mbhrnet(K, 32)
 
 

@@ -43,7 +43,7 @@ def curves(rows: Sequence[dict]) -> Figure:
     networks = {"student": "#333333", "teacher": DECISION_COLOURS[Decision.TEACHER_ONLY]}
     evaluated = any(np.isfinite(_values(rows, f"{name}_AP")).any() for name in networks)
     lines = 2 if evaluated else 1
-    figure = Figure(figsize=(8, 2.2 * lines), dpi=90, layout="constrained")
+    figure = Figure(figsize=(8, 2.2 * lines), dpi=96, layout="constrained")
     axes = figure.subplots(lines, len(stages), squeeze=False, sharex="col")
     for column, stage in zip(axes.T, stages, strict=True):
         top, bottom = column[0], column[-1]
@@ -84,7 +84,7 @@ def decisions(rows: Sequence[dict]) -> Figure:
     epoch = _values(rows, "epoch")
     counts = {d: _values(rows, f"{d.name.lower()}_count") for d in KINDS}
     judged = any(np.isfinite(_values(rows, f"{d.name.lower()}_precision")).any() for d in KINDS if d != Decision.TRUTH)
-    figure = Figure(figsize=(8, 3), dpi=90, layout="constrained")
+    figure = Figure(figsize=(8, 3), dpi=96, layout="constrained")
     left, *others = figure.subplots(1, 2 if judged else 1, squeeze=False)[0]
     present = [d for d in KINDS if counts[d].any()]
     colours, names = [DECISION_COLOURS[d] for d in present], [d.name.lower().replace("_", " ") for d in present]
@@ -93,9 +93,13 @@ def decisions(rows: Sequence[dict]) -> Figure:
     for ax in others:
         for d, colour in zip(present, colours, strict=True):
             if d != Decision.TRUTH:
-                ax.plot(epoch, _values(rows, f"{d.name.lower()}_precision"), color=colour)
+                # teacher only has no target: the label that is not used
+                style = dict(ls="--", label="labels that are not used") if d == Decision.TEACHER_ONLY else {}
+                ax.plot(epoch, _values(rows, f"{d.name.lower()}_precision"), color=colour, **style)
+        if Decision.TEACHER_ONLY in present:
+            ax.legend(frameon=False, fontsize=8, loc="lower right")
         ax.spines[["top", "right"]].set_visible(False)
-    for ax, label in zip((left, *others), ("share of keypoints", "targets within 0.1 of the box"), strict=False):
+    for ax, label in zip((left, *others), ("share of keypoints", "share of targets that are right"), strict=False):
         ax.set(xlabel="epoch", ylabel=label, ylim=(0, 1), xlim=(1, max(2, len(rows))))
     handles, names = left.get_legend_handles_labels()
     figure.legend(handles[::-1], names[::-1], loc="outside right center", frameon=False, fontsize=8)
