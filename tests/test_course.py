@@ -19,6 +19,7 @@ NBS = Path(__file__).resolve().parents[1] / "nbs"
 COURSE = sorted(NBS.glob("[0-9][0-9]_*.ipynb"))
 METHOD = [f for f in COURSE if "01" <= f.stem[:2] <= "10"]  # the chapters that make a part of the method
 CHAPTERS = [f for f in COURSE if f.stem[:2] != "00"]
+CONFIG = NBS.parent / "scarcenet" / "config.py"
 TAGS = ("*(paper)*", "*(code)*", "*(long run)*")
 NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?:e-?\d+)?")
 
@@ -93,6 +94,36 @@ def test_recap_quotes_what_was_computed(file):
         n for n in NUMBER.findall(re.sub(r"`[^`]*`|\$[^$]*\$", "", recap)) if re.search(r"[.,e]", n) or len(n) > 2
     ]
     assert [n for n in quoted if n not in known] == [], "neither printed nor a constant of this chapter"
+
+
+def rounded(number: str) -> set[str]:
+    """A number, and a hundred times it, rounded to up to four decimals, without leading zeros."""
+    return {f"{times * float(number):.{d}f}".lstrip("0") for times in (1, 100) for d in range(5)}
+
+
+@by_name(COURSE)
+def test_fractions_in_texts_come_from_somewhere(file):
+    """A cell of the chapter prints or sets them, or a notebook or measured file that it names, or the settings do.
+
+    Left out: answers of exercises, the two tables of the official code's differences, and gains of three draws, which
+    `test_gains_of_12_results_are_measured` computes again.
+    """
+    source, texts = "\n".join(cells(file, "code")), cells(file, "markdown")
+    told = source + "\n".join(texts)
+    names = set(re.findall(r"\b(?:\d\d_\w+|(?:core|data|experiments|ledger|predict|run|utils|zoo)/\w+)\b", told))
+    notebooks = [NBS / f"{name}.ipynb" for name in names if (NBS / f"{name}.ipynb").is_file()]
+    files = [NBS / "measured" / name for name in re.findall(r"measured/([\w.-]+\.(?:csv|json))", told)]
+    places = [outputs(file), source, *(f.read_text(encoding="utf-8") for f in files)]
+    places += [outputs(f) + "\n".join(cells(f, "code") + cells(f, "markdown")) for f in notebooks if f != file]
+    places += [*re.findall(r"`[^`]*`|\$[^$]*\$", "\n".join(texts)), CONFIG.read_text(encoding="utf-8")]
+    known = set().union(*map(rounded, set(re.findall(r"\d*\.?\d+", "\n".join(places).replace(",", "")))))
+    quoted = []
+    for text in texts:
+        if not text.startswith(("## The differences", "## What the official code does otherwise", "## References")):
+            text = re.sub(r"\d*\.\d+, -?\d*\.\d+ and -?\d*\.\d+", "", text.split("<summary>Answers</summary>")[0])
+            text = re.sub(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|arXiv[^)]*", "", text, flags=re.S)
+            quoted += re.findall(r"(?<![\w.])\d*\.\d+(?!\.?\d)", text)
+    assert [n for n in quoted if n.lstrip("0") not in known] == []
 
 
 @by_name(CHAPTERS)
