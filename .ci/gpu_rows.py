@@ -12,20 +12,19 @@ epoch.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from scarcenet.config import PRESETS, Config
+from scarcenet.config import PRESETS, Config, read_config
 from scarcenet.evaluate import format_table
 from scarcenet.experiments.baseline import matched_supervised, train_files
 from scarcenet.run.load import load_run_data
-from scarcenet.utils.files import read_json
+from scarcenet.utils.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("", "reduce-overhead", "default")  # of torch.compile, the most wanted first
@@ -105,7 +104,7 @@ def row_3(out: Path, limit: float, data: str, small: bool) -> None:
     for name, config in works.items():
         if not (out / name / "summary.json").exists():
             (out / name).mkdir(parents=True, exist_ok=True)
-            (out / f"{name}.json").write_text(json.dumps(vars(config)))
+            write_json(out / f"{name}.json", asdict(config))
             words = [sys.executable, __file__, out, "--one", name]
             processes[name] = subprocess.Popen(list(map(str, words)), stderr=open(out / f"{name}.log", "w"))
     end = time.monotonic() + limit
@@ -127,8 +126,7 @@ def row_3(out: Path, limit: float, data: str, small: bool) -> None:
 
 def train_one(out: Path, name: str) -> None:
     """One training of row 3, in this process."""
-    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in read_json(out / f"{name}.json").items()})
-    train_files(config, out / name, out, resume=True)
+    train_files(read_config(out / f"{name}.json"), out / name, out, resume=True)
 
 
 if __name__ == "__main__":
