@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -104,6 +105,57 @@ def test_stale_locks(tmp_path, monkeypatch):
         with locked(tmp_path / ".lock"):
             assert read_holder(tmp_path / ".lock") == alive
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_two_break_one_dead_lock(tmp_path, monkeypatch, late):
+    """While one looks at the dead lock once more, another tries the same: only one of them has a lock afterwards."""
+    file, dead, taken, others = tmp_path / ".lock", Holder(files.HOST, 99999999, 1.0), [], []
+    file.write_text(json.dumps(dead._asdict()))
+
+    def other():
+        lock._break(file, dead)
+        taken.append(lock._take(file))
+
+    def read(path):
+        found = read_holder(path)
+        if not others:  # the first look
+            others.append(threading.Thread(target=other))
+            others[0].start()
+            others[0].join(timeout=0.3)  # it waits for us
+            assert others[0].is_alive() and not taken
+        return found
+
+    if late:  # the other is through before we begin
+        other()
+    else:
+        monkeypatch.setattr(lock, "read_holder", read)
+    lock._break(file, dead)
+    taken.append(lock._take(file))
+    for thread in others:
+        thread.join()
+    assert sorted(taken) == [False, True] and read_holder(file) == lock.this_process()
+
+
+def test_a_dead_lock_is_broken_in_turns(tmp_path, monkeypatch):
+    """Eight threads find a dead lock twenty times: never do two hold it at once."""
+    monkeypatch.setattr(lock, "LOST", 0.1)  # so they look again after 10 ms
+    file, dead, inside, wrong = tmp_path / ".lock", Holder(files.HOST, 99999999, 1.0), [], []
+
+    def hold():
+        with locked(file, wait=True):
+            inside.append(1)
+            wrong.extend(inside[1:])
+            inside.pop()
+
+    for _ in range(20):
+        file.write_text(json.dumps(dead._asdict()))
+        threads = [threading.Thread(target=hold) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong and not list(tmp_path.iterdir())
 
 
 def test_a_lock_of_another_machine(tmp_path, monkeypatch):

@@ -95,15 +95,16 @@ def _take(lock: Path) -> bool:
 
 def _break(lock: Path, holder: Holder | None) -> None:
     """Remove a dead holder's lock, but not one that another process has taken meanwhile."""
-    if _touched(lock) is None or read_holder(lock) != holder:
-        return  # it was given back, and perhaps taken again
-    aside = lock.with_name(f"{lock.name}.{os.getpid()}")
-    with suppress(FileNotFoundError):
-        lock.replace(aside)
-        if read_holder(aside) == holder:
-            aside.unlink()
-        else:
-            aside.replace(lock)
+    mode = "r+b" if os.access(lock, os.W_OK) else "rb"  # to lock a file on NFS, one must be able to write it
+    with suppress(FileNotFoundError), open(lock, mode) as dead:  # not found: it was given back
+        with suppress(ImportError, OSError):  # Windows has no `flock`, nor have all network disks
+            import fcntl
+
+            fcntl.flock(dead, fcntl.LOCK_EX)  # until `dead` is closed: one process at a time breaks this very file
+        if os.path.samestat(os.fstat(dead.fileno()), lock.stat()) and read_holder(lock) == holder:
+            if os.name == "nt":
+                dead.close()  # Windows removes no open file
+            lock.unlink()
 
 
 @contextmanager
