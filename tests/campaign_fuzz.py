@@ -194,12 +194,15 @@ def damage_safetensors(data: bytes, words: Words) -> bytes:
         return damage_bytes(data, words)
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    if words.rng.random() < 0.6:
-        own = json.loads(header["__metadata__"]["scarcenet"])
-        header["__metadata__"]["scarcenet"] = json.dumps(damage_value(own, words))
-    else:
-        header = damage_value(header, words)
-    text = json.dumps(header).encode()
+    try:
+        if words.rng.random() < 0.6:
+            own = json.loads(header["__metadata__"]["scarcenet"])
+            header["__metadata__"]["scarcenet"] = json.dumps(damage_value(own, words))
+        else:
+            header = damage_value(header, words)
+        text = json.dumps(header).encode()
+    except RecursionError:  # parts of it were put into each other
+        text = b"[" * DEEP[2]
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
