@@ -131,8 +131,8 @@ def predict_multiview(
         crop, shown = crops.crop[index], views[:, index]
         images = render_views(crops, index, shown, shift_px=shift_px, pixels=pixels)
         maps = average_views(model, images, shown, crop=crop, schema=schema)
-        answer = decode(maps, crops.size / maps.shape[-1], refine)
-        found.append(Keypoints(apply(invert(crop), answer.xy), answer.score))
+        peak = decode(maps, crops.size / maps.shape[-1], refine)
+        found.append(Keypoints(apply(invert(crop), peak.xy), peak.score))
     model.train(was_training)
     own = Keypoints(*(torch.cat(part) for part in zip(*found, strict=True)))
     return Keypoints(*(all_gather(part)[:n] for part in own)) if shared else own

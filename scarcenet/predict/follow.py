@@ -18,7 +18,7 @@ from ..data.boxes import BOX_SCORE, as_box
 from ..data.values import keypoint_box, overlap
 from .boxes import CONFIDENT, Detector
 from .frames import Frame, Source
-from .network import Answers, PoseNetwork, join_answers
+from .network import PoseNetwork, Prediction, join_predictions
 from ..utils.files import read_json
 
 # %% ../../nbs/predict/follow.ipynb #found
@@ -28,7 +28,7 @@ class Found(NamedTuple):
     frame: np.ndarray  # (M,) int, index in the batch; in order
     id: np.ndarray  # (M,) int, from 1; in a video one animal's number is the same in all frames, if it is not lost
     box: np.ndarray  # (M, 4) float32, x, y, w, h in image px: what the network has looked at
-    answers: Answers  # (M, ...)
+    prediction: Prediction  # (M, ...)
 
 # %% ../../nbs/predict/follow.ipynb #image
 def whole_boxes(images: Sequence[np.ndarray]) -> np.ndarray:
@@ -47,7 +47,7 @@ class WholeImages:
         images = [f.pixels for f in frames]
         boxes = whole_boxes(images)
         one_each = np.arange(len(frames))
-        return Found(frame=one_each, id=np.ones_like(one_each), box=boxes, answers=self.network(images, boxes))
+        return Found(frame=one_each, id=np.ones_like(one_each), box=boxes, prediction=self.network(images, boxes))
 
     def restore(self, rows: np.ndarray) -> None:
         """There is nothing to remember."""
@@ -57,40 +57,42 @@ AGAIN = 0.8  # overlap of a pose's hull with the box that it was seen in, below 
 STEP = 8  # frames of a video that start from one box
 
 
-def hulls(answers: Answers, images: Sequence[np.ndarray]) -> np.ndarray:
+def hulls(prediction: Prediction, images: Sequence[np.ndarray]) -> np.ndarray:
     """The hull, with a margin, of each pose's confident keypoints (N, 4), image px; nan where fewer than 2."""
     found = np.full((len(images), 4), np.nan, np.float32)
-    confident = answers.score >= CONFIDENT
+    confident = prediction.score >= CONFIDENT
     for n in np.flatnonzero(confident.sum(1) >= 2).tolist():
         height, width = images[n].shape[:2]
-        found[n] = keypoint_box(answers.xy[n], confident[n], width, height)
+        found[n] = keypoint_box(prediction.xy[n], confident[n], width, height)
     return found
 
 
-def look_again(network: PoseNetwork, images: Sequence[np.ndarray], boxes: np.ndarray) -> tuple[np.ndarray, Answers]:
+def look_again(
+    network: PoseNetwork, images: Sequence[np.ndarray], boxes: np.ndarray
+) -> tuple[np.ndarray, Prediction]:
     """Boxes (N, 4) and predictions for N images; each is cropped once, twice or three times.
 
     First to its `boxes` (N, 4); if the animal is not there, to the whole image; if its hull lies elsewhere, to the
     hull.
     """
     boxes, whole = boxes.astype(np.float32), whole_boxes(images)
-    answers = network(images, boxes)
-    hull = hulls(answers, images)
+    prediction = network(images, boxes)
+    hull = hulls(prediction, images)
 
     def look(rows: np.ndarray, where: np.ndarray) -> None:
         """Look at some of the images in other boxes."""
         boxes[rows] = where[rows]
         chosen = [images[n] for n in rows]
-        for old, new in zip(answers, network(chosen, boxes[rows]), strict=True):
+        for old, new in zip(prediction, network(chosen, boxes[rows]), strict=True):
             old[rows] = new
-        hull[rows] = hulls(Answers(*(part[rows] for part in answers)), chosen)
+        hull[rows] = hulls(Prediction(*(part[rows] for part in prediction)), chosen)
 
     if len(lost := np.flatnonzero(np.isnan(hull[:, 0]) & (boxes != whole).any(1))):
         look(lost, whole)
     away = [n for n in np.flatnonzero(~np.isnan(hull[:, 0])) if overlap(hull[n].tolist(), boxes[n].tolist()) < AGAIN]
     if away:
         look(np.array(away), hull.copy())
-    return boxes, answers
+    return boxes, prediction
 
 
 class LastPose:
@@ -103,20 +105,20 @@ class LastPose:
     def __call__(self, frames: Sequence[Frame]) -> Found:
         """The animal in each of the next frames."""
         step = STEP if self.sources[frames[0].source].video else len(frames)
-        boxes, answers = zip(*(self.look(frames[n : n + step]) for n in range(0, len(frames), step)), strict=True)
+        boxes, predictions = zip(*(self.look(frames[n : n + step]) for n in range(0, len(frames), step)), strict=True)
         one_each = np.arange(len(frames))
-        joined = join_answers(answers, len(self.network.schema))
-        return Found(frame=one_each, id=np.ones_like(one_each), box=np.concatenate(boxes), answers=joined)
+        joined = join_predictions(predictions, len(self.network.schema))
+        return Found(frame=one_each, id=np.ones_like(one_each), box=np.concatenate(boxes), prediction=joined)
 
-    def look(self, frames: Sequence[Frame]) -> tuple[np.ndarray, Answers]:
+    def look(self, frames: Sequence[Frame]) -> tuple[np.ndarray, Prediction]:
         """Boxes and predictions for a few frames, which start from the last box."""
         images = [f.pixels for f in frames]
         boxes = whole_boxes(images)
         if self.last and self.last[0] == frames[0].source:
             boxes[:] = self.last[1]
-        boxes, answers = look_again(self.network, images, boxes)
-        self.remember(frames[0].source, hulls(answers, images))
-        return boxes, answers
+        boxes, prediction = look_again(self.network, images, boxes)
+        self.remember(frames[0].source, hulls(prediction, images))
+        return boxes, prediction
 
     def remember(self, source: int, hull: np.ndarray) -> None:
         """Keep where to look next: the last of a step's hulls (N, 4), larger on all sides by what it has moved."""
@@ -134,8 +136,8 @@ class LastPose:
             step = rows[-((batch - 1) % STEP + 1) :]
             points = step["points"]
             shown = [np.broadcast_to(np.uint8(0), (*size, 3)) for size in step["size"].tolist()]
-            answers = Answers(points[..., :2], points[..., 2], points[..., 3])
-            self.remember(int(step[-1]["source"]), hulls(answers, shown))
+            prediction = Prediction(points[..., :2], points[..., 2], points[..., 3])
+            self.remember(int(step[-1]["source"]), hulls(prediction, shown))
 
 # %% ../../nbs/predict/follow.ipynb #detect
 MEMORY = 30  # frames for which a number waits for its animal
@@ -168,8 +170,9 @@ class Boxed:
         ids = [self.number(f, boxes) for f, boxes in zip(frames, where, strict=True)]
         owner = np.repeat(np.arange(len(frames)), [len(boxes) for boxes in where])
         boxes = np.concatenate(where)
-        answers = self.network([frames[n].pixels for n in owner.tolist()], boxes)
-        return Found(frame=owner, id=np.array([i for part in ids for i in part], int), box=boxes, answers=answers)
+        prediction = self.network([frames[n].pixels for n in owner.tolist()], boxes)
+        animals = np.array([i for part in ids for i in part], int)
+        return Found(frame=owner, id=animals, box=boxes, prediction=prediction)
 
     def number(self, frame: Frame, boxes: np.ndarray) -> list[int]:
         """The numbers of the animals in the boxes (N, 4) of the next frame."""

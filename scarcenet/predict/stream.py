@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 # %% ../../nbs/predict/stream.ipynb #rows
 def as_rows(frames: Sequence[Frame], found: Found, keypoints: int) -> np.ndarray:
     """What was found in a batch of frames as rows of a table (`predict/poses`)."""
-    answers = found.answers
-    if not (np.isfinite(answers.xy).all() and np.isfinite(answers.score).all()):
+    prediction = found.prediction
+    if not (np.isfinite(prediction.xy).all() and np.isfinite(prediction.score).all()):
         raise ValueError("the network's predictions are not finite; its training was probably unstable")
     empty = np.setdiff1d(np.arange(len(frames)), found.frame)
     owner = np.concatenate((found.frame, empty)).astype(int)
@@ -44,7 +44,7 @@ def as_rows(frames: Sequence[Frame], found: Found, keypoints: int) -> np.ndarray
     rows["size"] = [frames[n].pixels.shape[:2] for n in owner]
     rows["id"][:count] = found.id
     rows["box"][:count], rows["box"][count:] = found.box, np.nan
-    points = (answers.xy, answers.score[..., None], answers.disagreement[..., None])
+    points = (prediction.xy, prediction.score[..., None], prediction.disagreement[..., None])
     rows["points"][:count], rows["points"][count:] = np.concatenate(points, -1), np.nan
     return rows[np.argsort(owner, kind="stable")]
 
