@@ -224,8 +224,7 @@ def damage_pth(data: bytes, words: Words) -> bytes:
     if rng.random() < 0.5:
         return damage_bytes(data, words)
     content: Any = torch.load(io.BytesIO(data), weights_only=True)
-    for _ in range(rng.choice((1, 2))):
-        name = rng.choice(sorted(content))
+    for name in rng.sample(sorted(content), rng.choice((1, 2))):
         value = content[name]
         tensors = (
             value.flatten()[:1],
@@ -240,9 +239,12 @@ def damage_pth(data: bytes, words: Words) -> bytes:
             content = {"state_dict": content, "meta": words.odd()}
             break
     out = io.BytesIO()
-    if rng.random() < 0.1:
-        return pickle.dumps(content, protocol=rng.choice((0, 2, 4)))
-    torch.save(content, out, _use_new_zipfile_serialization=rng.random() < 0.7)
+    try:
+        if rng.random() < 0.1:
+            return pickle.dumps(content, protocol=rng.choice((0, 2, 4)))
+        torch.save(content, out, _use_new_zipfile_serialization=rng.random() < 0.7)
+    except RecursionError:  # too deep for a pickle
+        return damage_bytes(data, words)
     return out.getvalue()
 
 

@@ -114,6 +114,7 @@ def test_tables_of_other_cells(tmp_path):
     for row in (
         "supervised,1,2,x,1",
         "supervised,1.5,2,0.1,1",
+        f"supervised,{'9' * 5000},2,0.1,1",
         "other,1,2,0.1,1",
         "supervised,1",
         "supervised,1,2,,1,7",
@@ -122,7 +123,7 @@ def test_tables_of_other_cells(tmp_path):
         refused(tmp_path / "metrics.csv", lambda: read_metrics(tmp_path / "metrics.csv"))
     (tmp_path / "metrics.csv").write_bytes(b"\xff\xfe\x00")
     refused(tmp_path / "metrics.csv", lambda: read_metrics(tmp_path / "metrics.csv"))
-    for row in ("1,0,a,x", "1,0", "1,b,a,0.5"):
+    for row in ("1,0,a,x", "1,0", "1,b,a,0.5", f"1,{'9' * 5000},a,0.5"):
         (tmp_path / "study.csv").write_text("labels,seed,method,teacher_AP\n" + row + "\n")
         refused(tmp_path / "study.csv", lambda: read_grid(tmp_path / "study.csv"))
 

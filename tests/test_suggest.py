@@ -494,6 +494,9 @@ def test_arms(zoo, tmp_path):
     (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="rows.csv: expected the columns"):
         list(run_arms(config, tmp_path, seeds=(0,), count=3))
+    (tmp_path / "rows.csv").write_text(",".join(ARM_COLUMNS) + "\n" + ",".join("x" for _ in ARM_COLUMNS) + "\n")
+    with pytest.raises(ValueError, match="rows.csv: expected a whole number as the seed"):
+        list(run_arms(config, tmp_path, seeds=(0,), count=3))
 
 
 # ---- bad input: one line

@@ -75,7 +75,10 @@ def run_arms(
     rows = read_rows(file) if file.is_file() else []
     if rows and tuple(rows[0]) != ARM_COLUMNS:
         raise ValueError(f"{file}: expected the columns {', '.join(ARM_COLUMNS)}, got {', '.join(rows[0])}")
-    done = {(row["arm"], int(row["seed"])) for row in rows}
+    try:
+        done = {(row["arm"], int(row["seed"])) for row in rows}
+    except (ValueError, TypeError):
+        raise ValueError(f"{file}: expected a whole number as the seed of each row, got something else") from None
     for seed in seeds:
         base, first = replace(config, seed=seed), folder / f"first-{seed}"
         for arm in ("first", *arms):

@@ -151,7 +151,8 @@ def read_metrics(file: Path) -> list[dict]:
     if not rows:
         raise ValueError(f"{file}: expected one row per epoch, got none")
     for n, row in enumerate(rows, 2):
-        if row.get("stage") not in STAGES or not row.get("epoch", "").isdecimal():
+        epoch = row.get("epoch", "")
+        if row.get("stage") not in STAGES or not epoch.isdecimal() or len(epoch) > 9:
             raise ValueError(f"{file}: line {n}: expected a stage, {' or '.join(STAGES)}, and an epoch")
         if not row.get("loss") or not row.get("seconds", "0"):
             raise ValueError(f"{file}: line {n}: expected a loss and seconds, got nothing")
