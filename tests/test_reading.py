@@ -634,6 +634,18 @@ def test_categories():
     data["categories"][1]["name"] = "mole 0"  # two ids of one name are one category
     poses = read(data)
     assert set(poses.column("category")) == {"mole 0"} and set(poses.column("category_id")) == {1}
+    for odd in (None, [], {"a": 1}, " "):
+        data = content()
+        data["categories"][0]["id"] = odd
+        poses = read(data)
+        assert len(poses) == 4 and set(poses.column("category")) == {"mole 0"}
+        found = {"categories without an id of their own": 1, "annotations of an unknown category": 4}
+        assert counts(poses) == found
+        data = content(categories=2)
+        for category in data["categories"]:
+            category["id"] = odd
+        with pytest.raises(ValueError, match=r"^set.json: categories: expected whole numbers as the ids"):
+            read(data)
     data = content(categories=2)
     data["categories"][1]["keypoints"] = ["nose"]
     with pytest.raises(ValueError, match=r"^set.json: category 'mole 1' has other keypoints \(1\) than 'mole 0' \(4\)"):
@@ -644,7 +656,7 @@ def test_categories():
     assert len(poses) == len(poses.unannotated) == 2
     assert counts(poses) == {"annotations of a category without keypoints": 2}
     data = content(categories=2)
-    data["annotations"][1]["category_id"] = 77  # which of the two, nobody knows
+    data["annotations"][1]["category_id"] = 77  # of which of the two is not known
     assert counts(read(data)) == {"annotations of an unknown category": 1} and len(read(data)) == 3
 
 

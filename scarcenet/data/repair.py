@@ -159,7 +159,8 @@ def repair_categories(
 ) -> tuple[dict[int, dict], dict[int, int]]:
     """The categories with keypoints by id, and the one that each id means; those without keypoints mean none.
 
-    `used`: the ids of those that have an annotation with keypoints. ValueError if their keypoints differ.
+    `used`: the ids of those that have an annotation with keypoints. ValueError if their keypoints differ, or if there are
+    several and none has an id.
     """
     posed = [
         (ids(entry.get("id")), label, entry, names) for label, entry in entries if (names := keypoint_names(entry))
@@ -181,6 +182,9 @@ def repair_categories(
     for number, label, entry, own in posed:
         if own != names:  # and used by no keypoints
             continue
+        if number is None and len(posed) == 1:
+            found.add("categories without an id of their own", "numbered", label)
+            number = ids.new()
         if number is None or number in meant:
             found.add("categories without an id of their own", "skipped", label)
             continue
@@ -189,6 +193,8 @@ def repair_categories(
         family = entry.get("supercategory")
         family = family if isinstance(family, str) and family not in ("", "none") else name
         categories.setdefault(meant[number], dict(id=number, name=name, supercategory=family, **pose))
+    if not categories:
+        raise ValueError(f"{file}: categories: expected whole numbers as the ids of those with keypoints, got none")
     return categories, meant
 
 # %% ../../nbs/data/repair.ipynb #points
