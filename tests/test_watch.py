@@ -9,6 +9,7 @@ import pytest
 from scarcenet.cli import main as cli
 from scarcenet.run.folder import read_rows
 from scarcenet.utils import progress as module
+from scarcenet.utils.files import read_json, write_json
 from scarcenet.utils.progress import LoggedStream, Progress, duration, logged, watched
 
 TINY = "demo --network hrnet_tiny --size 32 --device cpu --labels 1 --views 2 --batch 8 --supervised-batch 8".split()
@@ -89,6 +90,30 @@ def test_log(zoo, tmp_path, capsys):
     assert "already exists" in capsys.readouterr().err and "already exists" in log.read_text().splitlines()[-1]
     assert cli.main(["check", str(tmp_path / "none"), "--log", str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_fault_of_the_program_is_in_the_log(zoo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("scarcenet.data.layout.annotation_files", lambda data: 1 / 0)
+    assert cli.main(["check", str(zoo), "--log", str(tmp_path / "log")]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err and "ZeroDivisionError" in (tmp_path / "log").read_text()
+
+
+def test_what_cannot_be_printed(zoo, tmp_path, monkeypatch):
+    """A letter that the encoding of stdout lacks, a stdout or stderr that is closed: the work is done all the same."""
+    content = read_json(zoo / "annotations" / "ap10k-val-split1.json")
+    for category in content["categories"]:
+        category["name"] += " 猫"
+    write_json(tmp_path / "val.json", content)
+    words = ["check", str(tmp_path / "val.json"), "--images", str(zoo / "data")]
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="cp1252"))
+    assert cli.main(words) == 0
+    sys.stdout.flush()
+    assert rb"\u732b" in screen.getvalue()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+        assert cli.main([*words, "--log", str(tmp_path / "log")]) == 0
+    assert "猫" in (tmp_path / "log").read_text(encoding="utf-8")
 
 
 def test_every_long_command_has_a_log(capsys):

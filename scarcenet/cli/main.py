@@ -7,6 +7,7 @@ __all__ = ['COMMANDS', 'demo', 'tell', 'train', 'evaluate', 'pseudo', 'Call', 'd
 
 # %% ../../nbs/cli/main.ipynb #imports
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from .experiments import Preset, Switch, ablate, bench, resumable, show_progress
 from .ledger import accepted, explain, report, suggest
 from .predict import export, predict
 from ..utils.files import new_file
-from ..utils.progress import logged
+from ..utils.progress import logged, make_printable
 from ..utils.subprocess import Terminated, tidy_on_sigterm
 
 # %% ../../nbs/cli/main.ipynb #demo
@@ -303,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"scarcenet: {message}", file=sys.stderr)
 
     asked = {*(sys.argv[1:] if argv is None else argv)}
+    make_printable()
     with tidy_on_sigterm(), warnings.catch_warnings(), ExitStack() as stack:
         warnings.showwarning = show_warning
         try:
@@ -331,8 +333,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             line = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
             print(f"scarcenet: {' '.join(line.split())}", file=sys.stderr)
             return 1
-        except RuntimeError as e:
-            if not (line := explained(e)):
-                raise
-            print(f"scarcenet: {line}", file=sys.stderr)
+        except Exception as e:
+            if line := explained(e) if isinstance(e, RuntimeError) else "":
+                print(f"scarcenet: {line}", file=sys.stderr)
+            else:  # a fault of the program, told here so that a log has it, too
+                traceback.print_exc()
             return 1

@@ -134,9 +134,9 @@ class Detector:
         shown = torch.from_numpy(image.copy()).to(self.wanted.device).permute(2, 0, 1) / 255
         (found,) = self.model([shown])
         keep = torch.isin(found["labels"], self.wanted) & (found["scores"] >= BOX_SCORE)
-        corners = found["boxes"][keep].double().cpu().numpy()
+        corners = found["boxes"][keep].cpu().double().numpy()
         boxes = np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), 1)
-        return boxes, found["scores"][keep].double().cpu().numpy()
+        return boxes, found["scores"][keep].cpu().double().numpy()
 
 
 def detector_boxes(instances: Sequence[Instance], config: Config, *, progress: bool = False) -> list[dict[str, Any]]:

@@ -234,8 +234,8 @@ def explain_step(flag: str, batch: int, size: int, device: torch.device) -> Iter
 def explain_torch(error: RuntimeError) -> str:
     """One line on an error of PyTorch caused by the machine; "" for a bug in the program."""
     first = " ".join(str(error).splitlines()[:1])[:200]
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory; choose a smaller --batch, --size or another --device"
+    if isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in first:
+        return "out of GPU memory; choose another --device or, in training, a smaller --batch or --size"
     if "can't allocate memory" in first or "not enough memory" in first:
         return "out of memory; choose a smaller --batch, --size or --crop-cache-mb"
     if any(word in first for word in ("CUDA error", "cuDNN error", "CUDA driver", "MPS backend")):
