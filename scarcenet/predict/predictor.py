@@ -183,9 +183,11 @@ def as_boxes(boxes: ArrayLike) -> np.ndarray:
     return array
 
 # %% ../../nbs/predict/predictor.ipynb #predict
-def evaluate_network(model: nn.Module, poses: PoseSet, crops: CropCache, config: Config) -> dict[str, dict]:
-    """`evaluate_poses` of what the model finds in a split."""
-    found = predict(model, crops, config, schema=poses.schema)
+def evaluate_network(
+    model: nn.Module, poses: PoseSet, crops: CropCache, config: Config, progress: str = ""
+) -> dict[str, dict]:
+    """`evaluate_poses` of what the model finds in a split; `progress` is the title of a line about how far it is."""
+    found = predict(model, crops, config, schema=poses.schema, progress=progress)
     return evaluate_poses(poses, found.xy.cpu().numpy(), found.score.cpu().numpy(), labelled_families=config.families)
 
 # %% ../../nbs/predict/predictor.ipynb #find

@@ -152,7 +152,7 @@ def train_in_folder(
     def keep(epoch: Epoch) -> State:
         """Write an epoch's results; returns its state."""
         with finish_before_sigterm():
-            row = measure_epoch(config, run_data, epoch)
+            row = measure_epoch(config, run_data, epoch, progress)
             if is_main_process():  # of several processes one writes
                 append_metrics(folder / "metrics.csv", row)
                 tell_epoch(folder, tensorboard)
@@ -176,7 +176,8 @@ def train_in_folder(
         rows = np.flatnonzero(run_data.labelled | (config.epochs > 0))[error.rows]  # the crops of `load_run_data`
         ids = dict.fromkeys(str(run_data.train.instances[row].image_id) for row in rows)
         raise ValueError(f"{folder}: {error}; image ids of its batch: {', '.join(ids)}") from None
-    return finish_run(config, folder, run_data, state=state, seconds=earlier + time.perf_counter() - began)
+    seconds = earlier + time.perf_counter() - began
+    return finish_run(config, folder, run_data, state=state, seconds=seconds, progress=progress)
 
 
 def write_pose_boxes(config: Config, folder: Path, run_data: RunData, state: State, progress: bool = False) -> None:
@@ -210,7 +211,7 @@ def write_outputs(config: Config, folder: Path, run_data: RunData, epoch: Epoch)
         write_epoch(folder / "ledger", epoch.epoch, epoch.record)
 
 # %% ../../nbs/run/train_run.ipynb #audit
-def measure_epoch(config: Config, run_data: RunData, epoch: Epoch) -> dict[str, Any]:
+def measure_epoch(config: Config, run_data: RunData, epoch: Epoch, progress: bool = False) -> dict[str, Any]:
     """An epoch's row of metrics.csv: losses, how good its decisions were, scores on val where they are due, peak."""
     row = {name: value for name, value in epoch._asdict().items() if name not in ("state", "record")}
     row |= decision_quality(run_data.train, epoch.record)
@@ -222,7 +223,8 @@ def measure_epoch(config: Config, run_data: RunData, epoch: Epoch) -> dict[str, 
     for name in ("student", "teacher"):
         scores = {}
         if val is not None and due and name in networks:
-            scores = evaluate_network(networks[name], val, run_data.crops["val"], config)["overall"]
+            title = f"{name} on val" if progress else ""
+            scores = evaluate_network(networks[name], val, run_data.crops["val"], config, title)["overall"]
         row |= {f"{name}_{metric}": scores.get(metric, "") for metric in ("AP", "PCK")}
     data = run_data.data
     return row | {"peak": mean_peak(epoch.state.student, data.crops, config, schema=data.schema)}
@@ -257,7 +259,9 @@ def evaluate_as_new(model: nn.Module, poses: PoseSet, config: Config) -> dict[st
     return evaluate_poses(poses, found.xy.cpu().numpy(), found.score.cpu().numpy())["overall"]
 
 
-def finish_run(config: Config, folder: Path, run_data: RunData, *, state: State, seconds: float) -> dict:
+def finish_run(
+    config: Config, folder: Path, run_data: RunData, *, state: State, seconds: float, progress: bool = False
+) -> dict:
     """Evaluate a run's networks, and write weights, summary.json, figures and the page; returns the summary."""
     barrier()  # until the main process has written stage 1's network
     schema, device = run_data.train.schema, pick_device(config.device)
@@ -275,7 +279,8 @@ def finish_run(config: Config, folder: Path, run_data: RunData, *, state: State,
         if is_main_process():
             save_weights(model, folder / f"{name}.safetensors", describe_network(config, schema))
         for split, poses in run_data.evaluated.items():
-            found = predict(model, run_data.crops[split], config, schema=schema)
+            title = f"{name} on {split}" if progress else ""
+            found = predict(model, run_data.crops[split], config, schema=schema, progress=title)
             xy, score = found.xy.cpu().numpy(), found.score.cpu().numpy()
             scores[name][split] = evaluate_poses(poses, xy, score, labelled_families=config.families)
             if config.boxes == "pose":
