@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -91,6 +92,45 @@ def test_two_trainings_in_one_folder(zoo, tmp_path):
     assert (tmp_path / "run" / ".lock").exists()
     assert start(words, resume=True).wait() == 0
     assert not (tmp_path / "run" / ".lock").exists()
+
+
+def draw_a_zoo(folder):
+    from scarcenet.zoo.dataset import write_zoo
+
+    write_zoo(folder, train=10**4, workers=2)
+
+
+def touch_and_sleep(file):
+    file.parent.mkdir()
+    file.touch()
+    time.sleep(600)
+
+
+def sleep_beside(folder):
+    from scarcenet.utils.subprocess import background_process
+
+    with background_process(1, touch_and_sleep, folder / "begun") as wait:
+        wait()
+
+
+@pytest.mark.parametrize("work", [draw_a_zoo, pytest.param(sleep_beside, marks=pytest.mark.slow)])
+def test_no_process_outlives_its_parent(tmp_path, work):
+    """The parent is killed, and cannot end them itself."""
+    first = Warm(work, tmp_path / "a")
+    while not list(tmp_path.glob("a/begun")) + list(tmp_path.glob("a/data/*.jpg")):
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.01)
+    others = psutil.Process(first.pid).children()
+    first.kill()
+    end = time.monotonic() + 60
+    try:
+        while any(files.is_running(p.pid) for p in others):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    finally:
+        for process in others:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 @pytest.mark.filterwarnings("ignore:.*whether it still runs")

@@ -22,6 +22,7 @@ import numpy as np
 from ..schema import AP10K
 from ..utils.files import atomic, write_json
 from ..utils.progress import in_notebook, watched
+from ..utils.subprocess import end_with_parent
 from .anatomy import Body, body, direction, posture
 from .coats import coat, shade
 from .scene import Buffers, Camera, background, cast, extent, foreground, look_at, moved
@@ -192,18 +193,24 @@ def claim(folder: Path, recipe: dict) -> bool:
     return all((folder / "annotations" / f"ap10k-{s}-split1.json").exists() for s in SPLITS)
 
 
+def _begin_worker() -> None:
+    """In a new process of `draw_all`: the processes fill the cores, so each has one thread."""
+    end_with_parent()
+    cv2.setNumThreads(1)
+
+
 def draw_all(jobs: list[tuple[int, int]], folder: Path, seed: int, workers: int) -> list[tuple[dict, list[dict]]]:
     """What `store` returns for every one of `jobs`, in their order, made by `workers` processes."""
     work = partial(store, folder=folder, seed=seed)
     bar = partial(watched, title="drawing the zoo", total=len(jobs), unit="images", shown=not in_notebook())
     if workers == 1:
         return list(bar(map(work, jobs)))
-    # The processes fill the cores. And one forked while OpenCV has threads of its own would wait for them for ever.
+    # A process that is forked while OpenCV has threads of its own would wait for them for ever.
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     context = get_context("fork" if sys.platform == "linux" else "spawn")
     try:
-        with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (1,)) as pool:
+        with ProcessPoolExecutor(workers, context, _begin_worker) as pool:
             return list(bar(pool.map(work, jobs, chunksize=8)))
     finally:
         cv2.setNumThreads(threads)
