@@ -133,6 +133,14 @@ def test_no_process_outlives_its_parent(tmp_path, work):
                 process.kill()
 
 
+def test_the_baseline_of_a_demo_is_held(tmp_path):
+    """Like the folder of every run."""
+    from scarcenet.experiments.baseline import demo_config, train_files
+
+    with locked(tmp_path / "baseline" / ".lock"), pytest.raises(ValueError, match="baseline: in use by process"):
+        train_files(demo_config(), tmp_path / "baseline", tmp_path, resume=True)
+
+
 @pytest.mark.filterwarnings("ignore:.*whether it still runs")
 def test_stale_locks(tmp_path, monkeypatch):
     """Of a dead process, of a number that is used again, of another machine that no longer answers, half written."""

@@ -18,7 +18,7 @@ from ..config import PRESETS, Config
 from ..data.loader import load_crops, steps_per_epoch
 from ..predict.predictor import Predictor
 from ..run.figures import compare_grid, keypoint_bars, one_per_category, save_figure
-from ..run.folder import open_run, run_folder
+from ..run.folder import run_folder
 from ..run.load import RunData, load_run_data
 from ..run.train_run import train_in_folder, write_summary
 from ..utils.distributed import require_single_process
@@ -132,5 +132,5 @@ def write_comparison(config: Config, folder: Path, run_data: RunData, networks: 
 
 def train_files(config: Config, folder: Path, home: Path, resume: bool) -> dict:
     """`train_in_folder`, which reads its data by itself: for a process of its own, to which nothing large is sent."""
-    open_run(folder, config, resume and (folder / "config.json").is_file())
-    return train_in_folder(config, folder, load_run_data(config, home), resume=resume)
+    with run_folder(folder, config, resume and (folder / "config.json").is_file()):
+        return train_in_folder(config, folder, load_run_data(config, home), resume=resume)
