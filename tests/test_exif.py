@@ -1,5 +1,7 @@
 """Images with an EXIF orientation: the stated size decides which frame is meant, the setting where it cannot."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from PIL import ExifTags, Image
 from scarcenet.affine import apply
 from scarcenet.data.coco import Instance
 from scarcenet.data.exif import exif_turned
-from scarcenet.data.images import broken_images, instance_image, read_image
+from scarcenet.data.images import Room, broken_images, instance_image, read_image
 from scarcenet.data.loader import load_crops
 
 Turn = Image.Transpose
@@ -150,3 +152,44 @@ def test_the_crop_box_is_what_the_network_looks_at(tmp_path):
     for field in ("pixels", "affine", "crop"):
         assert torch.equal(getattr(load_crops([looked], 32), field), getattr(load_crops([same], 32), field))
     assert not torch.equal(load_crops([looked], 32).crop, load_crops([animal], 32).crop)
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("RGB", "jpg"), ("LA", "png"), ("CMYK", "jpg")])
+def test_an_image_read_in_parts_is_the_whole(mode, suffix, tmp_path):
+    """A large image is converted some rows at a time, and turned in place; nothing shifts or stays out."""
+    file, noise = tmp_path / f"a.{suffix}", np.random.default_rng(0).integers(0, 255, (1500, 1100, 3), np.uint8)
+    image, exif = Image.fromarray(noise).convert(mode), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.save(file, exif=exif)
+    stored = image if suffix != "jpg" else Image.open(file).convert("RGB")
+    upright = np.asarray(stored.transpose(Turn.ROTATE_270).convert("RGB"))
+    assert np.array_equal(read_image(file, upright=True), upright)
+
+
+@pytest.mark.parametrize("side", [2**13 + 1, 2**14])  # beyond our limit, and beyond Pillow's
+def test_an_image_too_large_for_the_memory_is_named(side, tmp_path):
+    """By its header: nothing of it is decoded."""
+    file = tmp_path / "map.png"
+    Image.new("1", (2**14, side)).save(file)
+    with pytest.raises(ValueError, match=r"map\.png: more than 134 megapixels, too large .* make it smaller"):
+        read_image(file)
+
+
+def test_large_images_wait_for_each_other(tmp_path):
+    """However many threads decode, they hold no more pixels than there is room; what is larger goes alone."""
+    sizes, held, most = (3, 4, 5, 9, 2, 20, 1, 6, 5, 4), [], []
+    files = [tmp_path / f"{n}.png" for n in range(len(sizes))]
+    for size, file in zip(sizes, files, strict=True):
+        Image.new("L", (1, size)).save(file)
+    room = Room(10)
+
+    def decode(size, file):
+        with room(file):
+            held.append(size)
+            most.append(sum(held) if len(held) > 1 else 0)
+            time.sleep(0.01)
+            held.remove(size)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode, sizes, files))
+    assert len(most) == len(sizes) and 0 < max(most) <= 10

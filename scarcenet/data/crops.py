@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .coco import Instance
 from .exif import opens_upright
-from .images import instance_image
+from .images import instance_image, room_for
 from ..utils.distributed import main_process_first
 from ..utils.files import atomic, forget_unused
 from ..utils.progress import watched
@@ -50,9 +50,12 @@ def decode_crops(
         rows[instance.file].append(n)
 
     def load(same_image: list[int]) -> None:
-        image = instance_image(instances[same_image[-1]])
-        for n in same_image:
-            keep(n, torch.from_numpy(cut_square(image, cached[n].numpy(), 2 * size)))
+        last = instances[same_image[-1]]
+        with room_for(last.file):
+            image = instance_image(last)
+            for n in same_image:
+                keep(n, torch.from_numpy(cut_square(image, cached[n].numpy(), 2 * size)))
+            del image  # before the room is another's
 
     with ThreadPoolExecutor() as pool:
         list(watched(pool.map(load, rows.values()), "images", len(rows), shown=progress))

@@ -17,6 +17,8 @@ from PIL import ExifTags, Image
 
 # Pillow warns of damaged EXIF, which viewers ignore, and which is no turn here either
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning, "PIL")
+# and of large images; `read_image` has a limit of its own
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # %% ../../nbs/data/exif.ipynb #turn
 def exif_turn(image: Image.Image) -> int:

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from .exif import is_turned
-from .images import read_image
+from .images import read_image, room_for
 from .label_source import LabelSource, SourceImage
 from .layout import name_parts
 from .sources import choose_frames, find_images, find_videos, pack, read_frames
@@ -64,7 +64,9 @@ class SetImage(NamedTuple):
 
 def digest(pixels: np.ndarray) -> bytes:
     """A fingerprint of (H, W, 3) uint8 pixels."""
-    return blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
+    found = blake2b(repr(pixels.shape).encode(), digest_size=16)
+    found.update(np.ascontiguousarray(pixels).data)
+    return found.digest()
 
 
 def other_size(image: SourceImage, pixels: np.ndarray) -> str:
@@ -128,7 +130,7 @@ class ImageFolder:
             return None
         self._note(key, name)
         name, target = self.place(name, ".png")
-        target.write_bytes(pack(pixels).tobytes())
+        target.write_bytes(pack(pixels).data)
         return SetImage(name, pixels.shape[0], pixels.shape[1], video)
 
     def copy(self, images: Sequence[SourceImage], new: bool, progress: bool) -> list[SetImage | None]:
@@ -136,13 +138,17 @@ class ImageFolder:
 
         def decode(image: SourceImage) -> _Decoded | _Refused:
             assert image.file
+            with room_for(image.file):
+                return read(image, image.file)
+
+        def read(image: SourceImage, file: Path) -> _Decoded | _Refused:
             try:
-                pixels = read_image(image.file, upright=image.upright)
-                turned = is_turned(image.file)
+                pixels = read_image(file, upright=image.upright)
+                turned = is_turned(file)
             except (ValueError, OSError) as error:
                 return _Refused("images that cannot be read", str(error))
             if other := other_size(image, pixels):
-                return _Refused("images of another size than stated", f"{image.file}: {other}")
+                return _Refused("images of another size than stated", f"{file}: {other}")
             return _Decoded(pixels.shape[0], pixels.shape[1], digest(pixels), turned)
 
         with ThreadPoolExecutor() as pool:
@@ -167,7 +173,8 @@ class ImageFolder:
                     f"keypoints read in the frame of the image {frame}, written as PNG; --exif {turn} takes the other"
                 )
             self.tally.add(kind, done, image.name)
-            return self.add(read_image(image.file, upright=image.upright), image.name, image.group, new)
+            with room_for(image.file):
+                return self.add(read_image(image.file, upright=image.upright), image.name, image.group, new)
         if new and found.key in self._known:
             self.tally.add("unlabelled images that the set already has", "skipped", image.name)
             return None
