@@ -138,6 +138,15 @@ def test_crops_of_a_part_are_those_of_the_whole():
     assert not outside.pixels.any()
 
 
+@pytest.mark.parametrize("shape", [(2, 200), (200, 2), (1, 3000), (3, 40000), (1, 1)])
+def test_crops_of_a_strip(shape):
+    """However thin: shrunk to a pixel and no further, as `crop_images` does."""
+    strip = np.full((*shape, 3), 200, np.uint8)
+    box = np.array([[0, 0, shape[1], shape[0]]], float)
+    old, new = crop_images([strip], box, 32), cut_crops([strip], box, 32)
+    assert new.pixels.any() and (old.pixels.float() - new.pixels.float()).abs().mean() < 1
+
+
 # ---- what comes in
 
 

@@ -108,7 +108,7 @@ def cut_crops(images: Sequence[np.ndarray], boxes: np.ndarray, size: int) -> Cro
         region = image[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
         moved = to_crop.copy()
         moved[:2, 2] += to_crop[:2, :2] @ (x0, y0)  # px of the region -> px of the image -> px of the crop
-        while moved[0, 0] < 0.375:
+        while moved[0, 0] < 0.375 and min(region.shape[:2]) > 1:
             height, width = region.shape[0] // 2, region.shape[1] // 2
             region = cv2.resize(region[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
             moved = moved @ np.array([[2, 0, 0.5], [0, 2, 0.5], [0, 0, 1]])
