@@ -554,6 +554,27 @@ def test_names_stay_inside_and_apart(tmp_path, poses):
     assert list(tmp_path.rglob("a.jpg")) != [] and all(".." not in name for name in found)
 
 
+def test_names_that_are_not_utf8_are_written_anew(tmp_path, poses):
+    """A table of poses could not hold them; and a set that has one is read without it."""
+    names = [os.fsdecode(b"day\xff/bad\xff.jpg"), "day_/bad_.jpg"]
+    files = [poses.instances[n].file for n in range(2)]
+    source = by_hand([SourceImage(name, file=file, group=name) for name, file in zip(names, files, strict=True)])
+    told = import_set([source], tmp_path / "set", val=0, test=0)
+    assert [(f.kind, f.count) for f in told.findings if "UTF-8" in f.kind] == [
+        ("file names that are not valid UTF-8", 1)
+    ]
+    file = tmp_path / "set" / "annotations" / "train.json"
+    content = read_json(file)
+    assert [image["file_name"] for image in content["images"]] == ["day_/bad_.jpg", "day_/bad__2.jpg"]
+    assert content["images"][0]["video"] == names[1]
+    content["images"][0]["file_name"] = names[0]
+    write_json(file, content)
+    kinds = {f.kind: f.count for f in read_coco(file).findings}
+    assert kinds["images without a file name in UTF-8"] == 1
+    with pytest.raises(ValueError, match=r"image 1: file_name: .*bad\\udcff"):
+        read_coco(file, strict=True)
+
+
 def test_exif_turns_are_settled(tmp_path, poses):
     """An image with an EXIF orientation is written in the frame of its keypoints, without the note."""
     pixels = read_image(poses.instances[0].file)

@@ -246,6 +246,20 @@ def test_one_video_that_is_none_does_not_cost_a_folder(pose, tmp_path):
         assert len(list(pose.predict(tmp_path, boxes="image"))) == 2
 
 
+def test_a_name_that_no_table_can_hold_is_left_out(tmp_path):
+    """Before anything is predicted, and not when the result is written."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    odd = tmp_path / os.fsdecode(b"bad\xff.png")
+    try:
+        odd.write_bytes((tmp_path / "good.png").read_bytes())
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    with pytest.warns(UserWarning, match="bad_.png: a name that is not valid UTF-8.*1 of 2 files left out"):
+        assert [source.name for source in find_sources(tmp_path)] == ["good.png"]
+    with pytest.raises(ValueError, match="bad_.png: .* rename the file$"):
+        find_sources(odd)
+
+
 @pytest.mark.parametrize(
     ("source", "says"),
     [

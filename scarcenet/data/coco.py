@@ -29,7 +29,7 @@ from .values import Finding as Finding
 from .values import keypoint_box as keypoint_box
 from ..schema import AP10K as AP10K  # for the examples of docstrings
 from ..schema import KeypointSchema
-from ..utils.files import read_json
+from ..utils.files import read_json, utf8_name
 
 # %% ../../nbs/data/coco.ipynb #instance
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def read_place(file: Path | str, image: dict, folder: Path) -> tuple[Path, int, 
         raise ValueError(f"{where} expected a width and height of 1 px or more, got {width:g} and {height:g}")
     name = image["file_name"] if isinstance(image.get("file_name"), str) else ""
     path = PureWindowsPath(name)  # splits at both kinds of slash
-    if not path.name or path.drive or path.root or ".." in path.parts or "\0" in name:
+    if not path.name or path.drive or path.root or ".." in path.parts or "\0" in name or utf8_name(name) != name:
         shown = image.get("file_name")
         raise ValueError(f"{where} file_name: expected a file in the images' folder, got {shown!r}")
     return folder / name, int(width), int(height)

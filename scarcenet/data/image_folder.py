@@ -25,7 +25,7 @@ from .label_source import LabelSource, SourceImage
 from .layout import name_parts
 from .sources import choose_frames, find_images, find_videos, pack, read_frames
 from .values import Findings
-from ..utils.files import FULL, kept_from, not_written, remove_stale, temporary_folder
+from ..utils.files import FULL, kept_from, not_written, remove_stale, temporary_folder, utf8_name
 from ..utils.progress import watched
 from ..utils.subprocess import tidy_on_sigterm
 
@@ -103,6 +103,9 @@ class ImageFolder:
 
     def place(self, name: str, suffix: str = "") -> tuple[str, Path]:
         """A free name like `name`, with another `suffix` if one is given, and its path, whose folder is made."""
+        if (plain := utf8_name(name)) != name:
+            self.tally.add("file names that are not valid UTF-8", "written with _ for each such byte", plain)
+            name = plain
         parts = [part for part in name_parts(name) if ":" not in part]
         path = PurePosixPath(*parts or ["image"])
         path = path.with_suffix(suffix) if suffix else path
@@ -131,7 +134,7 @@ class ImageFolder:
         self._note(key, name)
         name, target = self.place(name, ".png")
         target.write_bytes(pack(pixels).data)
-        return SetImage(name, pixels.shape[0], pixels.shape[1], video)
+        return SetImage(name, pixels.shape[0], pixels.shape[1], utf8_name(video))
 
     def copy(self, images: Sequence[SourceImage], new: bool, progress: bool) -> list[SetImage | None]:
         """Copy image files; None for each that cannot be decoded, or that is to be `new` and is known."""
@@ -181,7 +184,7 @@ class ImageFolder:
         self._note(found.key, image.name)
         name, target = self.place(image.name)
         shutil.copyfile(image.file, target)
-        return SetImage(name, found.height, found.width, image.group)
+        return SetImage(name, found.height, found.width, utf8_name(image.group))
 
 # %% ../../nbs/data/image_folder.ipynb #gather
 def write_labelled(source: LabelSource, folder: ImageFolder, progress: bool) -> list[SetImage | None]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from .exif import image_size
-from ..utils.files import read_json
+from ..utils.files import read_json, utf8_name
 
 # %% ../../nbs/data/layout.ipynb #foreign
 IMAGES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}
@@ -224,7 +224,12 @@ class ImageFinder:
         return parts[-1] in self._listed[inside]
 
     def find(self, name: str) -> tuple[str, bool]:
-        """(path below the folder, whether a file is there) of a `file_name`; ("", False) where it names no file."""
+        """(path below the folder, whether a file is there) of a `file_name`; ("", False) where it names no file.
+
+        A name that is not valid UTF-8 counts as none: no result could be written under it.
+        """
+        if utf8_name(name) != name:
+            return "", False
         if self._exists((name,)):  # also one with a backslash in its name
             return name, True
         plain = name.partition("?d=")[2] or name  # Label Studio's way to name a local file

@@ -28,6 +28,7 @@ from scarcenet.data.values import (
     keypoint_box,
     with_flags,
 )
+from ..utils.files import utf8_name
 
 # %% ../../nbs/data/repair.ipynb #repair-images
 def entries_of(data: object, part: str, file: Path | str, found: Findings) -> list[tuple[str, dict]]:
@@ -67,7 +68,8 @@ def repair_images(
         name = next((v for k in ("file_name", "path", "coco_url") if isinstance(v := entry.get(k), str) and v), "")
         path, exists = finder.find(name)
         if number is None or not path:
-            found.add("images without " + ("an id" if number is None else "a file name"), "skipped", label)
+            lacks = "an id" if number is None else "a file name in UTF-8" if utf8_name(name) != name else "a file name"
+            found.add(f"images without {lacks}", "skipped", label)
             continue
         if number in meant and images[meant[number]]["file_name"] != path:
             found.add("image ids with two files", "skipped, with their annotations", label)

@@ -23,6 +23,7 @@ from PIL import Image
 from ..data.images import read_image
 from ..data.layout import IMAGES, VIDEOS
 from ..data.sources import find_images, find_videos, is_torn, is_video, natural, open_video, read_frames
+from ..utils.files import utf8_name
 
 ImageLike = str | os.PathLike | np.ndarray | Image.Image  # a path, (H, W, 3) uint8 RGB, or an RGB image of Pillow's
 
@@ -122,9 +123,16 @@ def find_files(path: str | os.PathLike) -> list[Path]:
         known = ", ".join(sorted(IMAGES | VIDEOS))
         raise ValueError(f"{path}: expected an image, a video or a folder, got {place.suffix or 'no ending'} ({known})")
     found = sorted([*find_images(place), *find_videos(place)], key=natural)
-    if not found:
+    named = [file for file in found if utf8_name(str(file)) == str(file)]
+    if len(named) < len(found):
+        odd = utf8_name(str(next(file for file in found if file not in named)))
+        line = f"{odd}: a name that is not valid UTF-8 (_ here), which results cannot hold; rename the file"
+        if not named:
+            raise ValueError(line)
+        warnings.warn(f"{line}; {len(found) - len(named)} of {len(found)} files left out", stacklevel=2)
+    if not named:
         raise ValueError(f"{path}: expected images or videos in it, got none")
-    return found
+    return named
 
 # %% ../../nbs/predict/frames.ipynb #read
 def read_sources(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOST', 'DAY', 'FULL', 'DEEPEST', 'MONTH', 'is_running', 'is_stale', 'remove_stale', 'temporary_folder', 'not_written',
-           'kept_from', 'atomic', 'write_json', 'parse_json', 'read_json', 'new_file', 'plain_cell', 'forget_unused']
+           'kept_from', 'atomic', 'write_json', 'parse_json', 'read_json', 'new_file', 'utf8_name', 'plain_cell',
+           'forget_unused']
 
 # %% ../../nbs/utils/files.ipynb #imports
 import errno
@@ -171,6 +172,11 @@ def new_file(file: Path) -> Path:
     return file
 
 # %% ../../nbs/utils/files.ipynb #cell
+def utf8_name(name: str) -> str:
+    """A file's name with _ in place of each byte that is no UTF-8, which no table or JSON file can hold."""
+    return re.sub("[\ud800-\udfff]", "_", name)  # Python reads such a byte as half of a surrogate pair
+
+
 def plain_cell(value: Any, is_path: bool = False) -> Any:
     """A value of a csv that no spreadsheet takes for a formula: such text has a ' before it or, in paths, ./ .
 
