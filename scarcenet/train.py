@@ -9,7 +9,7 @@ __all__ = ['SUPERVISED', 'SCARCENET', 'Epoch', 'learning_rate', 'Engine', 'make_
 # %% ../nbs/09_training.ipynb #imports
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -145,13 +145,17 @@ class Plan:
 
 # %% ../nbs/09_training.ipynb #trouble
 class NotFinite(ValueError):
-    """The loss of a step is not finite. `rows`: the instances of its batch, by their rows in the training set."""
+    """The loss of a step is not finite. `rows`: the instances of its batch, by their rows in the training set.
 
-    def __init__(self, stage: str, epoch: int, step: int, rows: list[int]) -> None:
-        self.stage, self.epoch, self.step, self.rows = stage, epoch, step, rows
+    Without rows no batch is to blame: the step itself has led there.
+    """
+
+    def __init__(self, stage: str, epoch: int, step: int, rows: Sequence[int] = ()) -> None:
+        self.stage, self.epoch, self.step, self.rows = stage, epoch, step, list(rows)
         flag = "--supervised-lr" if stage == SUPERVISED.name else "--lr"
-        where = f"stage {stage}, epoch {epoch}, step {step}"
-        super().__init__(f"the loss is not finite: {where}; check its images, or choose a lower {flag}")
+        where = f"stage {stage}, epoch {epoch}, {'' if self.rows else 'after '}step {step}"
+        images = "check its images, or " if self.rows else ""
+        super().__init__(f"the loss is not finite: {where}; {images}choose a lower {flag}")
 
 
 def _note(epoch: int, epochs: int, losses: Tensor, steps: int) -> str:

@@ -18,7 +18,8 @@ from scarcenet.data.check import describe_same, same_images, warn_findings
 from scarcenet.data.coco import find_split, read_coco
 from scarcenet.data.labels import describe_few
 from scarcenet.data.loader import load_crops
-from scarcenet.experiments.ablation import row_columns
+from scarcenet.experiments import ablation
+from scarcenet.experiments.ablation import row_columns, run_ablation
 from scarcenet.predict.save import _columns
 from scarcenet.run.folder import describe_collapse, read_rows
 from scarcenet.run.load import load_run_data, warn_of_set
@@ -152,6 +153,61 @@ def test_a_loss_that_is_not_finite(zoo, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     rows = read_rows(tmp_path / "metrics.csv") if (tmp_path / "metrics.csv").exists() else []
     assert all(np.isfinite(float(row["loss"])) for row in rows)
+
+
+def test_a_last_step_that_leaves_nothing_finite(zoo, tmp_path, monkeypatch):
+    """It is the learning rate, not the set: said with the stage and the step, with and without a val split."""
+    config = quick(zoo)
+    run_data = load_run_data(config, tmp_path)
+    real = training.learn_supervised
+
+    def blow_up(config, data, state, engine, batch):
+        values = real(config, data, state, engine, batch)
+        with torch.no_grad():
+            next(state.student.parameters()).fill_(float("nan"))
+        return values
+
+    monkeypatch.setattr(training, "steps_per_epoch", lambda *_: 1)
+    monkeypatch.setattr(training, "batches", lambda index, *_: [index[:8]])
+    monkeypatch.setattr(training, "SUPERVISED", replace(training.SUPERVISED, learn=blow_up))
+    for data in (run_data, replace(run_data, evaluated={}, crops={})):
+        with pytest.raises(ValueError, match="not finite: stage supervised, epoch 1, after step 1; choose a lower --s"):
+            train_in_folder(config, tmp_path, data)
+
+
+def test_a_grid_warns_as_a_training_does(animals, tmp_path, monkeypatch, capsys):
+    """Of the set once; of flat maps, and of a loss that is not finite with its images, for each cell by its name."""
+    train, test = (read_coco(*find_split(animals, split)) for split in ("train", "test"))
+    shutil.copy(train.instances[0].file, test.instances[0].file)
+    content = json.loads(test.file.read_text())
+    size = Image.open(train.instances[0].file).size
+    for image in content["images"]:
+        if image["id"] == test.instances[0].image_id:
+            image["width"], image["height"] = size
+    content["annotations"][1]["keypoints"] = [1, 2]
+    test.file.write_text(json.dumps(content))
+    config = quick(animals, supervised_epochs=3, supervised_lr=1e-9)
+    grid = dict(seeds=(0,), methods={"supervised": dict(epochs=0), "again": dict(epochs=0)}, progress=True)
+    monkeypatch.setattr(ablation, "matched_steps", lambda settings, *_: settings)
+    with pytest.warns(UserWarning) as caught:
+        list(run_ablation(config, tmp_path / "a", **grid))
+    lines = [str(line.message) for line in caught]
+    assert sum("images in two splits" in line for line in lines) == 1
+    assert sum(line.startswith(f"{test.file}: odd entries") for line in lines) == 1
+    told = capsys.readouterr().err
+    for name in ("1 labels, seed 0, supervised", "1 labels, seed 0, again"):
+        assert f"training: {name}\n" in told
+        assert sum(line.startswith(f"{name}: stage supervised, epoch 3: the heatmaps stay flat") for line in lines) == 1
+
+    def broken(*args):
+        values, step = training.learn_supervised(*args)
+        return values * float("nan"), step
+
+    monkeypatch.setattr(training, "SUPERVISED", replace(training.SUPERVISED, learn=broken))
+    for methods in ({"supervised": dict(epochs=0)}, {"scarcenet": {}}):  # in its own and in the shared stage 1
+        words = f"1 labels, seed 0, {next(iter(methods))}: the loss is not finite: .*; image ids of its batch: [0-9]+,"
+        with pytest.raises(ValueError, match=words):
+            list(run_ablation(config, tmp_path / "b", seeds=(0,), methods=methods))
 
 
 def test_a_learning_rate_at_which_maps_fade(zoo, tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_PAIRS', 'UNUSED', 'Report', 'check_poses', 'describe_turned', 'same_images', 'describe_same', 'describe_unused',
-           'warn_findings']
+           'warn_findings', 'warn_evaluated']
 
 # %% ../../nbs/data/check.ipynb #imports
 import warnings
@@ -202,3 +202,8 @@ def warn_findings(poses: PoseSet, *, boxes: str = "", mirror: bool = True) -> No
         lines.append(f"boxes without most of their keypoints: {len(elsewhere)}, first {first}; {look}")
     for line in lines:
         warnings.warn(f"{poses.file}: {line}", stacklevel=3)
+
+
+def warn_evaluated(poses: PoseSet) -> None:
+    """`warn_findings` for a split that is only evaluated, where pairs and images without annotation do not count."""
+    warn_findings(poses, boxes="set", mirror=False)

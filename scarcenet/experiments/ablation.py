@@ -9,6 +9,7 @@ __all__ = ['METHODS', 'DIFFERENCES', 'USED_DECISIONS', 'LABEL_COLUMNS', 'STAGE_3
 
 # %% ../../nbs/experiments/ablation.ipynb #imports
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -26,8 +27,8 @@ from ..evaluate import SCORE_COLUMNS, label_quality
 from .baseline import matched_supervised, with_supervised_epochs
 from ..predict.predictor import evaluate_network
 from ..pseudo_labels import join_labels
-from ..run.folder import check_numbers, open_run, read_rows, write_rows
-from ..run.load import RunData, load_run_data
+from ..run.folder import check_numbers, naming_images, open_run, read_rows, watch_epochs, write_rows
+from ..run.load import RunData, load_run_data, warn_of_set
 from ..run.train_run import decision_quality
 from ..train import SCARCENET, Epoch, begin_scarcenet, fit
 from ..utils.device import describe, pick_device
@@ -218,13 +219,16 @@ def until_stage_3(settings: Config, base: Config) -> Config:
     return replace(settings, **{name: getattr(base, name) for name in STAGE_3_FIELDS})
 
 
-def begin(config: Config, run_data: RunData, file: Path, *, settings: Config, progress: bool = False) -> State:
+def begin(
+    config: Config, run_data: RunData, file: Path, *, settings: Config, where: str = "stage 1", progress: bool = False
+) -> State:
     """The state before stage 3 of `settings`, from the checkpoint `file`.
 
-    If the file is not there, stages 1 and 2 of `config` are trained, and it is written.
+    If the file is not there, stages 1 and 2 of `config` are trained, and it is written. Warnings begin with `where`.
     """
     if not file.is_file():
-        for epoch in fit(replace(config, epochs=0), run_data.data, progress=progress):
+        epochs = fit(replace(config, epochs=0), run_data.data, progress=progress)
+        for epoch in watch_epochs(epochs, config, run_data, where):
             state = epoch.state
         save_checkpoint(file, begin_scarcenet(config, run_data.data, state, progress))
     return load_checkpoint(file, settings, run_data.data)
@@ -263,6 +267,7 @@ def train_grid(
         open_run(folder, config, resume=True)
     else:
         write_json(folder / "config.json", asdict(config))
+    told = False
     loaded: Config | None = None  # the configuration of `run_data`
     run_data: RunData | None = None
     for cell in cells:
@@ -274,6 +279,9 @@ def train_grid(
             run_data = None  # before the next set is read: the two may not fit into memory together
             run_data = load_run_data(early, folder, progress)
             loaded = early
+        if not told:  # once: it is the same set for all
+            warn_of_set(early, run_data)
+            told = True
         if missing := {"val", "test"} - run_data.evaluated.keys():
             raise ValueError(f"{run_data.train.file}: no {min(missing)} split; comparing methods needs val and test")
         columns = row_columns(run_data.evaluated["test"], config)
@@ -290,22 +298,28 @@ def _train_cell(
     cell: Cell, config: Config, run_data: RunData, *, base: Config, settings: Config, folder: Path, progress: bool
 ) -> dict:
     """The row of one training: `settings`, which is `base` with the changes of the cell's method."""
-    state = None
+    where = f"{cell.labels} labels, seed {cell.seed}, {cell.method}"
+    if progress:
+        print(f"training: {where}", file=sys.stderr, flush=True)
+    stage_1 = None
     if settings.epochs:
         early = until_stage_3(settings, base)
         name = [cell.labels] if base.labels != config.labels else []
         name += [str(cell.seed)]
         name += [cell.method] if early != base else []  # the method has a stage 1 of its own
-        file = folder / f"stage1-{'-'.join(name)}.safetensors"
-        state = begin(early, run_data, file, settings=settings, progress=progress)
+        stage_1 = folder / f"stage1-{'-'.join(name)}.safetensors"
     else:
         settings = matched_steps(settings, base, run_data.train)
-    began = time.perf_counter()
     try:
-        epochs = fit(settings, run_data.data, state, progress)
-        scores = evaluate_epochs(epochs, run_data, replace(settings, families=config.families))
-    except ValueError as e:  # predictions that are not finite, say
-        raise ValueError(f"{cell.labels} labels, seed {cell.seed}, {cell.method}: {e}") from None
+        with naming_images(run_data):
+            state = (
+                begin(early, run_data, stage_1, settings=settings, where=where, progress=progress) if stage_1 else None
+            )
+            began = time.perf_counter()
+            epochs = watch_epochs(fit(settings, run_data.data, state, progress), settings, run_data, where)
+            scores = evaluate_epochs(epochs, run_data, replace(settings, families=config.families))
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
     seconds = round(time.perf_counter() - began, 1)
     return {**cell._asdict(), "seconds": seconds, "device": describe(pick_device(config.device)), **scores}
 

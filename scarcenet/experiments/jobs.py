@@ -20,6 +20,7 @@ import torch
 from ..config import Config
 from ..data.splits import read_splits
 from .ablation import Cell, read_grid, train_grid
+from ..run.load import warn_of_set
 
 # %% ../../nbs/experiments/jobs.ipynb #split
 def split_cells(cells: Sequence[Cell], jobs: int = 0) -> list[list[Cell]]:
@@ -82,7 +83,9 @@ def submit(
     import submitit
 
     folder, file = folder.absolute(), file.absolute()  # a job may start in another folder
-    read_splits(config, folder)  # what is wrong with the set is said now, and the zoo is drawn once
+    warn_of_set(
+        config, read_splits(config, folder)
+    )  # what is wrong with the set is said now, and the zoo is drawn once
     shares = split_cells(cells, cluster.jobs)
     threads = max(1, (os.cpu_count() or 1) // len(shares)) if cluster.kind == "local" else 0
     options = {"name": f"scarcenet-{folder.name}", "timeout_min": round(60 * cluster.hours), **cluster.options}

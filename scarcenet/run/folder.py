@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'FADED', 'SEEN', 'open_run', 'run_folder', 'write_config', 'write_rows', 'append_metrics', 'read_rows',
-           'check_numbers', 'read_metrics', 'describe_collapse', 'require_tensorboard', 'write_events', 'tell_epoch',
-           'write_pseudo']
+           'check_numbers', 'read_metrics', 'describe_collapse', 'epoch_peak', 'naming_images', 'watch_epochs',
+           'require_tensorboard', 'write_events', 'tell_epoch', 'write_pseudo']
 
 # %% ../../nbs/run/folder.ipynb #imports
 import csv
 import json
+import math
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,7 +27,10 @@ from ..data.boxes import first_looks
 from ..data.coco import PoseSet, Truth, coco_json
 from ..data.label_source import keep_predicted
 from ..heatmap import Keypoints
+from ..predict.network import mean_peak
 from ..pseudo_labels import confidence_cut
+from .load import RunData
+from ..train import Epoch, NotFinite
 from ..utils.distributed import barrier, is_main_process, main_process_first
 from ..utils.files import atomic, remove_stale, write_json
 from ..utils.lock import locked
@@ -185,6 +189,38 @@ def describe_collapse(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if ends and len(peaks) > 2 and max(peaks) < FADED:
         lines.append(f"{where}: the heatmaps stay flat, mean peak {peaks[-1]:.3f} of 1; {lower}, or more epochs")
     return lines
+
+
+def epoch_peak(config: Config, run_data: RunData, epoch: Epoch) -> float:
+    """The `mean_peak` of the student after an epoch; NotFinite if its last steps have left nothing finite."""
+    data, state = run_data.data, epoch.state
+    peak = mean_peak(state.student, data.crops, config, schema=data.schema)
+    if not math.isfinite(peak):
+        raise NotFinite(epoch.stage, epoch.epoch, state.step // epoch.epoch)
+    return peak
+
+
+@contextmanager
+def naming_images(run_data: RunData, where: object = "") -> Iterator[None]:
+    """Makes of a `NotFinite` a ValueError that begins with `where` and ends with the image ids of its batch."""
+    try:
+        yield
+    except NotFinite as error:
+        instances = (run_data.train.instances[row] for row in run_data.rows[error.rows])
+        ids = ", ".join(dict.fromkeys(str(i.image_id) for i in instances))
+        batch = f"; image ids of its batch: {ids}" if ids else ""
+        raise ValueError(f"{where}: {error}{batch}" if where else f"{error}{batch}") from None
+
+
+def watch_epochs(epochs: Iterable[Epoch], config: Config, run_data: RunData, where: str) -> Iterator[Epoch]:
+    """The same epochs, of a training without metrics.csv, with the same warnings, which begin with `where`."""
+    rows: list[dict[str, Any]] = []
+    for epoch in epochs:
+        peak = epoch_peak(config, run_data, epoch)
+        rows.append(dict(stage=epoch.stage, epoch=epoch.epoch, epochs=epoch.epochs, peak=peak))
+        for line in describe_collapse(rows):
+            warnings.warn(f"{where}: {line}", stacklevel=3)
+        yield epoch
 
 # %% ../../nbs/run/folder.ipynb #events
 def require_tensorboard() -> None:

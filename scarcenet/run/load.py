@@ -8,7 +8,7 @@ __all__ = ['RunData', 'held_out', 'draw_jitter', 'find_boxes', 'load_run_data', 
 # %% ../../nbs/run/load.ipynb #imports
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from ..config import Config
-from ..data.check import describe_same, same_images, warn_findings
+from ..data.check import describe_same, same_images, warn_evaluated, warn_findings
 from ..data.coco import Instance, Labels, PoseSet
 from ..data.loader import CropCache, TrainingSet, load_crops, seeded
-from ..data.splits import BOXES_FILE, read_splits, set_folder, without_box
+from ..data.splits import BOXES_FILE, Splits, read_splits, set_folder, without_box
 from ..predict.boxes import detector_boxes
 from ..utils.device import pick_device
 from ..utils.distributed import barrier, is_main_process, rank_slice
@@ -35,6 +35,7 @@ class RunData:
     without_box: list[Instance]  # unlabelled ones that are looked at in the whole image, for want of a box
     evaluated: dict[str, PoseSet]  # "val" and "test", or whichever of them there is
     data: TrainingSet
+    rows: np.ndarray  # (M,) of train: the instances in `data`
     crops: dict[str, CropCache]  # of the evaluated splits
 
 # %% ../../nbs/run/load.ipynb #gather
@@ -95,20 +96,23 @@ def load_run_data(config: Config, home: Path, progress: bool = False) -> RunData
         without_box=without_box(splits),
         evaluated=evaluated,
         data=TrainingSet(train.schema, crops.to(device), known),
+        rows=rows,
         crops={name: load(poses.instances).to(device) for name, poses in evaluated.items()},
     )
 
 
-def warn_of_set(config: Config, run_data: RunData) -> None:
+def warn_of_set(config: Config, splits: RunData | Splits) -> None:
     """Warn of what may be wrong in a set, one line per kind, and of held-out images that make scores too high."""
-    train = run_data.train
+    train, evaluated = splits.train, splits.evaluated
     warn_findings(train, boxes=config.boxes, mirror=config.mirror)
-    parts = {"train": train, **run_data.evaluated}
+    for poses in evaluated.values():
+        warn_evaluated(poses if poses.file != train.file else replace(poses, findings=()))  # those were told
+    parts = {"train": train, **evaluated}
     if line := describe_same(same_images({n: [i.file for i in p.instances] for n, p in parts.items()})):
         warnings.warn(f"{train.file}: {line}", stacklevel=3)
-    if not (held := held_out(train, run_data.evaluated)):
+    if not (held := held_out(train, evaluated)):
         return
-    videos = {i.video for i in run_data.evaluated["val"].instances}
+    videos = {i.video for i in evaluated["val"].instances}
     reason = "whole videos, as far as the shares allow"
     if videos & {i.video for i in train.instances}:
         reason = "frames of the same video are in training, so the scores are too high for a new video"

@@ -27,7 +27,7 @@ from ..evaluate import RUN_COLUMNS, evaluate_poses, label_quality
 from ..models.build import build_network, describe_network
 from ..models.weights import save_weights
 from ..predict.boxes import pose_boxes, predict_in_boxes
-from ..predict.network import mean_peak, predict
+from ..predict.network import predict
 from ..predict.predictor import evaluate_network
 from ..pseudo_labels import join_labels
 from ..record import Record, by_instance, start_ledger, write_epoch, write_labels
@@ -35,6 +35,8 @@ from ..relabel import Decision
 from .figures import by_oks, curves, decisions, html_table, poses_grid, save_figure, write_page
 from scarcenet.run.folder import (
     append_metrics,
+    epoch_peak,
+    naming_images,
     read_metrics,
     require_tensorboard,
     run_folder,
@@ -44,7 +46,7 @@ from scarcenet.run.folder import (
 )
 from .load import RunData, held_out, load_run_data, warn_of_set
 from .settings import fit_settings, settings_of_run, settle_precision
-from ..train import SCARCENET, SUPERVISED, Epoch, NotFinite, fit
+from ..train import SCARCENET, SUPERVISED, Epoch, fit
 from ..utils.device import describe, peak_rss_mb, pick_device
 from ..utils.distributed import barrier, is_main_process
 from ..utils.files import write_json
@@ -163,19 +165,16 @@ def train_in_folder(
 
     if config.epochs and config.boxes == "pose" and run_data.without_box and not (folder / BOXES_FILE).is_file():
         if config.supervised_epochs:
-            for epoch in fit(replace(config, epochs=0), run_data.data, state, progress):
-                state = keep(epoch)
+            with naming_images(run_data, folder):
+                for epoch in fit(replace(config, epochs=0), run_data.data, state, progress):
+                    state = keep(epoch)
         write_pose_boxes(config, folder, run_data, state, progress)
         run_data = load_run_data(config, folder, progress)  # its crops are of the boxes now
     if config.ledger and config.epochs and is_main_process():
         start_ledger(folder / "ledger", run_data.train, run_data.data.labels.labelled)
-    try:
+    with naming_images(run_data, folder):
         for epoch in fit(config, run_data.data, state, progress):
             state = keep(epoch)
-    except NotFinite as error:
-        rows = np.flatnonzero(run_data.labelled | (config.epochs > 0))[error.rows]  # the crops of `load_run_data`
-        ids = dict.fromkeys(str(run_data.train.instances[row].image_id) for row in rows)
-        raise ValueError(f"{folder}: {error}; image ids of its batch: {', '.join(ids)}") from None
     seconds = earlier + time.perf_counter() - began
     return finish_run(config, folder, run_data, state=state, seconds=seconds, progress=progress)
 
@@ -214,6 +213,7 @@ def write_outputs(config: Config, folder: Path, run_data: RunData, epoch: Epoch)
 def measure_epoch(config: Config, run_data: RunData, epoch: Epoch, progress: bool = False) -> dict[str, Any]:
     """An epoch's row of metrics.csv: losses, how good its decisions were, scores on val where they are due, peak."""
     row = {name: value for name, value in epoch._asdict().items() if name not in ("state", "record")}
+    peak = epoch_peak(config, run_data, epoch)  # before the scores: it says what is wrong
     row |= decision_quality(run_data.train, epoch.record)
     networks = {"student": epoch.state.student}
     if epoch.stage == SCARCENET.name:
@@ -226,8 +226,7 @@ def measure_epoch(config: Config, run_data: RunData, epoch: Epoch, progress: boo
             title = f"{name} on val" if progress else ""
             scores = evaluate_network(networks[name], val, run_data.crops["val"], config, title)["overall"]
         row |= {f"{name}_{metric}": scores.get(metric, "") for metric in ("AP", "PCK")}
-    data = run_data.data
-    return row | {"peak": mean_peak(epoch.state.student, data.crops, config, schema=data.schema)}
+    return row | {"peak": peak}
 
 
 def decision_quality(poses: PoseSet, record: Record | None) -> dict[str, float | int | str | None]:
