@@ -18,8 +18,11 @@ from scarcenet.data.check import describe_same, same_images, warn_findings
 from scarcenet.data.coco import find_split, read_coco
 from scarcenet.data.labels import describe_few
 from scarcenet.data.loader import load_crops
+from scarcenet.data.splits import read_splits
 from scarcenet.experiments import ablation
 from scarcenet.experiments.ablation import row_columns, run_ablation
+from scarcenet.models.build import build_network, describe_network
+from scarcenet.models.weights import save_weights
 from scarcenet.predict.save import _columns
 from scarcenet.run.folder import describe_collapse, read_rows
 from scarcenet.run.load import load_run_data, warn_of_set
@@ -129,6 +132,27 @@ def test_check_for_programs(animals, capsys):
     turned.write_bytes(turned.read_bytes()[:500])
     assert cli.main(["check", str(animals), "--json"]) == 1
     assert turned.name in json.dumps(json.loads(capsys.readouterr().out)["files"])
+
+
+def test_odd_entries_of_the_other_splits(animals, tmp_path, capsys):
+    """An animal that is left out of the scores is told, by train and by eval."""
+    file, _ = find_split(animals, "test")
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"][:4]:
+        annotation["bbox"] = [0, 0, 3, 3]
+    content["annotations"][4]["keypoints"] = [1, 2]
+    file.write_text(json.dumps(content))
+    config = quick(animals)
+    with pytest.warns(UserWarning) as caught:
+        warn_of_set(config, read_splits(config, tmp_path))
+    lines = [str(line.message) for line in caught]
+    expected = [f"{file}: odd entries: keypoint lists of another", f"{file}: boxes without most of their keypoints: 4"]
+    assert all(sum(line.startswith(start) for line in lines) == 1 for start in expected)
+    model, weights = build_network(config, 17), tmp_path / "network.safetensors"
+    save_weights(model, weights, describe_network(config, read_coco(file).schema))
+    assert cli.main(["eval", str(weights), "--data", str(animals), "--device", "cpu"]) == 0
+    told = capsys.readouterr().err
+    assert all(told.count(f"scarcenet: {start}") == 1 for start in expected)
 
 
 # ---- trainings

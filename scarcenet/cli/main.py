@@ -122,6 +122,7 @@ def evaluate(
         device: cpu, cuda, cuda:1 or mps; auto: cuda if there is one, else cpu
         json: new file (.json) for all numbers
     """
+    from scarcenet.data.check import warn_evaluated
     from scarcenet.data.loader import load_crops
     from scarcenet.evaluate import format_table
     from scarcenet.predict.predictor import Predictor, find_config, find_networks, find_poses, match_keypoints, measure
@@ -138,6 +139,8 @@ def evaluate(
     for predictor in predictors.values():  # before the images are decoded
         match_keypoints(predictor.schema, poses.schema, f"{poses.file}, {predictor.file}")
     best = list(predictors)[-1]
+    if is_main_process():
+        warn_evaluated(poses)
     crops = load_crops(
         poses.instances,
         predictors[best].size,
