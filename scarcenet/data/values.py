@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_KEYPOINTS', 'LARGEST', 'FAR', 'HULL_MARGIN', 'FEW_KEYPOINTS', 'FEW_SHARE', 'SMALLEST_SIDE', 'Finding',
-           'Findings', 'describe', 'as_int', 'as_float', 'Ids', 'as_floats', 'with_flags', 'as_box', 'is_crowd',
-           'keypoint_box', 'overlap']
+           'Findings', 'describe', 'as_int', 'as_float', 'Ids', 'as_floats', 'keypoint_names', 'with_flags', 'as_box',
+           'is_crowd', 'keypoint_box', 'overlap']
 
 # %% ../../nbs/data/values.ipynb #imports
 import math
@@ -118,6 +118,14 @@ def as_floats(values: object) -> np.ndarray | None:
 
 def _nan(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def keypoint_names(category: dict) -> list[str]:
+    """The names of a category's keypoints; none where it has no such list, or one that is longer than any."""
+    names = category.get("keypoints")
+    if not isinstance(names, list) or len(names) > MOST_KEYPOINTS or any(type(n) not in (str, int) for n in names):
+        return []
+    return [str(name) for name in names]
 
 
 def with_flags(numbers: np.ndarray, k: int) -> np.ndarray | None:

@@ -275,9 +275,7 @@ def _rows_by_image(images: np.ndarray) -> list[np.ndarray]:
     return [np.flatnonzero(which == n) for n in np.argsort(first)]
 
 
-def _find_doubt(
-    run: Path, poses: PoseSet, rows: np.ndarray, found: Prediction, *, side: np.ndarray, drop: float
-) -> Doubt:
+def _find_doubt(run: Path, poses: PoseSet, rows: np.ndarray, found: Prediction, side: np.ndarray, drop: float) -> Doubt:
     """The doubt about the animals `rows` of a set, from the run's ledger or, without one, from today's predictions."""
     if (run / "ledger" / "labels.parquet").is_file():
         ledger = open_ledger(run)

@@ -67,9 +67,7 @@ def hulls(prediction: Prediction, images: Sequence[np.ndarray]) -> np.ndarray:
     return found
 
 
-def look_again(
-    network: PoseNetwork, images: Sequence[np.ndarray], boxes: np.ndarray
-) -> tuple[np.ndarray, Prediction]:
+def look_again(network: PoseNetwork, images: Sequence[np.ndarray], boxes: np.ndarray) -> tuple[np.ndarray, Prediction]:
     """Boxes (N, 4) and predictions for N images; each is cropped once, twice or three times.
 
     First to its `boxes` (N, 4); if the animal is not there, to the whole image; if its hull lies elsewhere, to the

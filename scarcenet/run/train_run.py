@@ -175,8 +175,7 @@ def train_in_folder(
     with naming_images(run_data, folder):
         for epoch in fit(config, run_data.data, state, progress):
             state = keep(epoch)
-    seconds = earlier + time.perf_counter() - began
-    return finish_run(config, folder, run_data, state=state, seconds=seconds, progress=progress)
+    return finish_run(config, folder, run_data, state, earlier + time.perf_counter() - began, progress)
 
 
 def write_pose_boxes(config: Config, folder: Path, run_data: RunData, state: State, progress: bool = False) -> None:
@@ -223,7 +222,7 @@ def measure_epoch(config: Config, run_data: RunData, epoch: Epoch, progress: boo
     for name in ("student", "teacher"):
         scores = {}
         if val is not None and due and name in networks:
-            title = f"{name} on val" if progress else ""
+            title = f"{name}, val" if progress else ""
             scores = evaluate_network(networks[name], val, run_data.crops["val"], config, title)["overall"]
         row |= {f"{name}_{metric}": scores.get(metric, "") for metric in ("AP", "PCK")}
     return row | {"peak": peak}
@@ -258,9 +257,7 @@ def evaluate_as_new(model: nn.Module, poses: PoseSet, config: Config) -> dict[st
     return evaluate_poses(poses, found.xy.cpu().numpy(), found.score.cpu().numpy())["overall"]
 
 
-def finish_run(
-    config: Config, folder: Path, run_data: RunData, *, state: State, seconds: float, progress: bool = False
-) -> dict:
+def finish_run(config: Config, folder: Path, run_data: RunData, state: State, seconds: float, progress: bool) -> dict:
     """Evaluate a run's networks, and write weights, summary.json, figures and the page; returns the summary."""
     barrier()  # until the main process has written stage 1's network
     schema, device = run_data.train.schema, pick_device(config.device)
@@ -278,8 +275,7 @@ def finish_run(
         if is_main_process():
             save_weights(model, folder / f"{name}.safetensors", describe_network(config, schema))
         for split, poses in run_data.evaluated.items():
-            title = f"{name} on {split}" if progress else ""
-            found = predict(model, run_data.crops[split], config, schema=schema, progress=title)
+            found = predict(model, run_data.crops[split], config, schema=schema, progress=f"{name}, {split}" * progress)
             xy, score = found.xy.cpu().numpy(), found.score.cpu().numpy()
             scores[name][split] = evaluate_poses(poses, xy, score, labelled_families=config.families)
             if config.boxes == "pose":
