@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import sys
+import zipfile
 from collections import OrderedDict, defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -580,3 +581,11 @@ def test_lite0_maps_the_published_file_by_order(tmp_path):
     torch.save(dict(reversed(state.items())), tmp_path / "reversed.pth")
     with pytest.raises(ValueError, match="reversed.pth: expected the tensors of EfficientNet-Lite0"):
         lite0_state(tmp_path / "reversed.pth")
+
+
+def test_a_pickle_that_grows_is_not_read(tmp_path):
+    """A small archive may unpack to gigabytes; its directory says so before any of it is read."""
+    file = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", b"N" * (17 * 2**20))
+    refused(toy(), file, "bomb.pth: expected at most 16 MiB of names and settings, got 17: no weights file$")

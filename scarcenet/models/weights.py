@@ -204,10 +204,10 @@ def _load_file(file: Path) -> Any:
         except Exception as error:
             raise ValueError(f"{file}: not a readable file of plain weights ({' '.join(str(error).split())})") from None
     try:
-        with ExitStack() as stack:
-            if placeholders := _placeholders(file):
-                stack.enter_context(torch.serialization.safe_globals(placeholders))
+        with torch.serialization.safe_globals(_placeholders(file)):
             return torch.load(file, map_location="cpu", weights_only=True)
+    except OverflowError as error:
+        raise ValueError(f"{file}: {error}") from None
     except Exception as error:  # damaged and unsafe files fail in many ways, and all of them are refused
         load = f"import torch; c = torch.load('{file}', weights_only=False)"
         strip = f"{load}; torch.save(c['state_dict'], 'plain.pth')"
@@ -248,10 +248,8 @@ def _placeholders(file: Path) -> list[Any]:
 
     PyTorch's safe mode uses those only that it does not know itself, and none of the modules that it blocks.
     """
-    return [
-        type(name, (_Placeholder,), {"__module__": module, "__qualname__": name})
-        for module, name in sorted(set(_names_in(file)))
-    ]
+    names = sorted(set(_names_in(file)))
+    return [type(name, (_Placeholder,), {"__module__": module, "__qualname__": name}) for module, name in names]
 
 
 def _names_in(file: Path) -> Iterator[tuple[str, str]]:
@@ -261,7 +259,9 @@ def _names_in(file: Path) -> Iterator[tuple[str, str]]:
         count = 4  # old files: a magic number, a version, a system, and then the content
         if zipfile.is_zipfile(file):
             archive = stack.enter_context(zipfile.ZipFile(file))
-            member = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            member = next(entry for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
+            if (size := member.file_size / 2**20) > 16:  # without its tensors, which lie beside it, a few at most
+                raise OverflowError(f"expected at most 16 MiB of names and settings, got {size:.0f}: no weights file")
             opened, count = stack.enter_context(archive.open(member)), 1
         for _ in range(count):
             for operation, argument, _ in pickletools.genops(opened):
