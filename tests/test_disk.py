@@ -244,3 +244,18 @@ def test_permissions(tmp_path):
     finally:
         os.umask(before)
     assert Path(tmp_path / "w.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("name", ["a" * 250 + ".json", "é" * 125 + ".json"])
+def test_names_as_long_as_the_disk_allows(name, tmp_path):
+    """The temporary name is not longer; two long names that begin alike do not meet."""
+    from scarcenet.utils.files import atomic, write_json
+
+    with atomic(tmp_path / name) as part, atomic(tmp_path / name.replace(".json", ".jsom")) as other:
+        part.write_text("1")
+        other.write_text("2")
+    assert (tmp_path / name).read_text() == "1" and len(list(tmp_path.iterdir())) == 2
+    write_json(tmp_path / name, 3)
+    assert (tmp_path / name).read_text() == "3"
+    with pytest.raises(OSError, match="File name too long"):
+        write_json(tmp_path / f"a{name}", 3)

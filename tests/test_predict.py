@@ -624,6 +624,13 @@ def test_videos_are_not_joined_into_one_table(pose, films, tmp_path):
     assert names == {"monday/clip", "tuesday/clip", "other", ""}
 
 
+@pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
+def test_an_output_with_a_name_as_long_as_the_disk_allows(pose, tmp_path, ending):
+    out = tmp_path / f"{'a' * (254 - len(ending))}.{ending}"
+    pose.predict([image_at(0, 0).pixels], boxes="image").save(out)
+    assert out.is_file() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_folder_goes_on(pose, films, tmp_path):
     """With its drawings, in the folder of the videos itself; what another left there stays."""
     whole = pose.predict(films, boxes="pose").save(tmp_path / "whole")

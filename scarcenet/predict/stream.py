@@ -23,6 +23,7 @@ from .frames import Frame, ImageLike, Source, ahead, batches, find_sources, read
 from .network import PoseNetwork
 from .poses import Poses, PoseTable, data_frame, poses_in, row_type
 from .save import output_files, save_table
+from ..utils.files import short_name
 from ..utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class Predictions:
         path, drawings = Path(path), [Path(draw)] if draw else []
         files = output_files(path, self.sources, format)
         single = path in files
-        rest = path.with_name(f".{path.name}.rows") if single else path / f".{format or 'csv'}.rows"
+        rest = path.with_name(f".{short_name(path.name)}.rows") if single else path / f".{format or 'csv'}.rows"
         for drawing in drawings:
             is_one_video(drawing, self.sources)
         self._refuse_sources(*files, *drawings)
