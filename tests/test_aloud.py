@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -324,6 +325,21 @@ def test_a_cache_that_was_cut_short_is_made_again(zoo, tmp_path):
         file.write_bytes(file.read_bytes()[:-cut])
         again = load_crops(instances, 32, limit_mb=0, cache=tmp_path)
         assert torch.equal(again.pixels, whole.pixels)
+
+
+def test_a_cache_without_a_place_names_the_flag(zoo, tmp_path, monkeypatch):
+    """Neither a home folder, as in some containers, nor one that can be written."""
+    instances = read_coco(*find_split(zoo, "train")).instances[:2]
+
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot be written .*; --cache FOLDER chooses another place"):
+        load_crops(instances, 32, limit_mb=0, cache=tmp_path / "file" / "cache")
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(ValueError, match="^~/x: there is no home folder; choose another place with --cache FOLDER$"):
+        load_crops(instances, 32, limit_mb=0, cache=Path("~/x"))
 
 
 def test_a_cache_does_not_grow_for_ever(zoo, tmp_path):

@@ -112,7 +112,15 @@ def load_crops(
     shape = (len(instances), 2 * size, 2 * size, 3)
     mapped = math.prod(shape) > limit_mb * 2**20
     if mapped:
-        pixels = mapped_crops(instances, cached, size, cache.expanduser(), progress).view(shape)
+        try:
+            folder = cache.expanduser()
+        except RuntimeError:
+            raise ValueError(f"{cache}: there is no home folder; choose another place with --cache FOLDER") from None
+        try:
+            pixels = mapped_crops(instances, cached, size, folder, progress).view(shape)
+        except OSError as error:
+            advice = f"{error.strerror}; --cache FOLDER chooses another place"
+            raise OSError(error.errno, advice, error.filename) from None
     else:
         pixels = torch.zeros(shape, dtype=torch.uint8)
         decode_crops(instances, cached, size, lambda n, cut: pixels[n].copy_(cut), progress)
