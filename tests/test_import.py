@@ -554,6 +554,22 @@ def test_names_stay_inside_and_apart(tmp_path, poses):
     assert list(tmp_path.rglob("a.jpg")) != [] and all(".." not in name for name in found)
 
 
+def test_links_out_of_a_folder_are_counted(tmp_path, poses):
+    """They are followed, as images often lie on another disk; but nobody should share a file without knowing."""
+    home, disk = tmp_path / "home", tmp_path / "disk"
+    home.mkdir(), disk.mkdir()
+    for n, folder in enumerate((home, home, disk)):
+        shutil.copy(poses.instances[n].file, folder / f"{n}.jpg")
+    (home / "2.jpg").symlink_to(disk / "2.jpg")
+    (tmp_path / "linked").symlink_to(home, target_is_directory=True)
+    files = [home / "0.jpg", tmp_path / "linked" / "1.jpg", home / "2.jpg"]
+    source = by_hand([SourceImage(file.name, file=file) for file in files])
+    (found,) = import_set([source], tmp_path / "set", strict=True).findings
+    assert (found.kind, found.count) == ("images that are links out of their folder", 1)
+    assert found.first == (f"{home / '2.jpg'} -> {disk / '2.jpg'}",)
+    assert not (tmp_path / "set" / "images" / "2.jpg").is_symlink()
+
+
 def test_names_that_are_not_utf8_are_written_anew(tmp_path, poses):
     """A table of poses could not hold them; and a set that has one is read without it."""
     names = [os.fsdecode(b"day\xff/bad\xff.jpg"), "day_/bad_.jpg"]

@@ -167,6 +167,9 @@ class ImageFolder:
         if isinstance(found, _Refused):
             self.tally.add(found.kind, "skipped", found.entry)
             return None
+        if not image.file.resolve().is_relative_to(image.file.parent.resolve()):
+            lead = f"{utf8_name(str(image.file))} -> {utf8_name(str(image.file.resolve()))}"
+            self.tally.add("images that are links out of their folder", "copied from where they lead", lead)
         if found.turned and not (new and found.key in self._known):
             frame, turn = ("turned upright", "stored") if image.upright else ("as stored", "upright")
             kind, done = "images with an EXIF orientation", f"written as PNG, {frame}, as the keypoints are"

@@ -84,7 +84,7 @@ def one_line(error: BaseException) -> str:
 
 
 # how `done` begins where nothing is wrong with the labels
-USUAL = ("left out", "not taken", "written as PNG", "used as labels")
+USUAL = ("left out", "not taken", "written as PNG", "used as labels", "copied")
 
 
 def refuse_odd(file: Path, findings: Iterable[Finding]) -> None:
