@@ -149,11 +149,12 @@ WRITERS = {
     "set": images,
     "cache": lambda f: load_crops(poses.instances, 32, limit_mb=0, cache=f),
     ".lock": lock,
+    ".poses.csv.rows": lambda f: PoseTable(17, f).append(rows.copy()),
     **{f"poses{ending}": lambda f: save_table(f, table, AP10K, [film]) for ending in SAVERS},
     "film-mp4v.mp4": video("mp4v"),
     **({"film-h264.mp4": video(video_codec())} if video_codec() != "mp4v" else {}),
 }
-again = {"set", "run/config.json", "cache"}  # these are not written twice
+again = {"set", "run/config.json", "cache", ".poses.csv.rows"}  # these are not written twice
 
 
 def faulty(fault, folder):

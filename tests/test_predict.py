@@ -1,5 +1,6 @@
 """Predictions: what comes in, where the network looks, what is written, drawn, and taken up again."""
 
+import errno
 import json
 import os
 import subprocess
@@ -25,10 +26,11 @@ from scarcenet.data.sources import choose_frames, read_frames
 from scarcenet.heatmap import evaluation_offset
 from scarcenet.models.build import build_network, describe_network
 from scarcenet.models.weights import save_weights
-from scarcenet.predict import follow, stream
+from scarcenet.predict import draw, follow, stream
 from scarcenet.predict.draw import Pen, draw_poses
 from scarcenet.predict.frames import ahead, find_sources, video_names
 from scarcenet.predict.network import PoseNetwork, cut_crops, flip_test, predict
+from scarcenet.predict.poses import PoseTable
 from scarcenet.pseudo_labels import flip_views, predict_multiview
 from scarcenet.schema import side_colours
 from scarcenet.utils.files import write_json
@@ -781,6 +783,60 @@ def test_an_interrupted_drawing_is_a_video(pose, walk, tmp_path):
     assert sum(1 for _ in read_frames(tmp_path / "a.mp4")) == 32
     pose.predict(walk, boxes="pose").save(tmp_path / "a.csv", draw=tmp_path / "a.mp4", resume=True)
     assert sum(1 for _ in read_frames(tmp_path / "a.mp4")) == 70
+
+
+def test_an_interrupted_drawing_alone_is_a_part(pose, walk, tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="a.mp4: a part, 32 of 70 frames; to draw all, remove it"):
+        interrupted(pose.predict(walk, boxes="pose"), 2).draw(tmp_path / "a.mp4")
+    assert sum(1 for _ in read_frames(tmp_path / "a.mp4")) == 32
+
+
+class FullDisk:
+    """An open file on a disk that is full."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk(pose, walk, tmp_path, monkeypatch, capsys):
+    """The rows' file is named; no half drawing is there; with room again it goes on to the same end."""
+    whole = pose.predict(walk, boxes="pose").save(tmp_path / "whole.csv")
+    out, drawn, append = tmp_path / "out.csv", tmp_path / "out.mp4", PoseTable.append
+    words = [str(w) for w in ("predict", pose.file, walk, "--boxes", "pose", "--out", out, "--draw", drawn)]
+
+    def full(table, rows):
+        if table.items >= 32:
+            table.stream = FullDisk(table.stream)
+        append(table, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PoseTable, "append", full)
+        assert main(words) == 1
+    advice = "cannot be written (No space left on device); make room, or choose another disk; then go on with --resume"
+    assert capsys.readouterr().err == f"scarcenet: {tmp_path / '.out.csv.rows'}: {advice}\n"
+    assert {f.name for f in tmp_path.iterdir()} == {"whole.csv", ".out.csv.rows"}
+    assert main([*words, "--resume"]) == 0
+    assert out.read_bytes() == whole.read_bytes() and sum(1 for _ in read_frames(drawn)) == 70
+
+
+def test_a_drawing_that_fails_is_no_file(pose, walk, tmp_path, monkeypatch):
+    """Nor do the frames that follow become one; the error names the drawing."""
+    count = iter(range(100))
+
+    def fail(*_, **__):
+        if next(count) == 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(draw, "draw_poses", fail)
+    with pytest.raises(OSError, match="cannot be written .No space left on device.; make room.*a.mp4"):
+        pose.predict(walk, boxes="image").draw(tmp_path / "a.mp4")
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_its_own_drawing_is_written_anew(pose, walk, tmp_path, capsys):

@@ -47,7 +47,7 @@ def resumable(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as e:
-        raise type(e)(f"{folder}: go on with --resume") from None
+        raise type(e)(str(e) or f"{folder}: go on with --resume") from None
     except OSError as e:
         if e.errno not in FULL:
             raise

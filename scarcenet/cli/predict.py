@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .experiments import Switch, show_progress
+from .experiments import Switch, resumable, show_progress
 
 # %% ../../nbs/cli/predict.ipynb #predict
 def predict(
@@ -72,7 +72,8 @@ def predict(
     found = predictor.predict(sources, boxes=boxes)
     start = time.perf_counter()
     if out:
-        found.save(out, format=format, draw=draw, resume=resume, progress=show_progress())
+        with resumable(out):
+            found.save(out, format=format, draw=draw, resume=resume, progress=show_progress())
     elif draw:
         if resume:
             raise ValueError(f"{draw}: --resume needs --out; a drawing alone starts over: remove it, omit --resume")

@@ -318,7 +318,7 @@ def benchmark_prediction(config: Config, video: Path, seconds: float = 60) -> di
         rows["together"] = (time.perf_counter() - start) / done
         together = Predictions(network, video, "image")
         start = time.perf_counter()
-        with closing(together.pairs()) as pairs, closing(Drawing(Path(folder) / "drawn.mp4", sources, AP10K)) as file:
+        with closing(together.pairs()) as pairs, Drawing(Path(folder) / "drawn.mp4", sources, AP10K) as file:
             for frame, result in itertools.islice(pairs, done):
                 file.add(frame, result)
         rows["together, drawn"] = (time.perf_counter() - start) / done

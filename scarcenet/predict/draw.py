@@ -128,7 +128,11 @@ def is_one_video(path: Path, sources: Sequence[Source]) -> bool:
 
 
 class Drawing:
-    """Draws frames into an mp4, or into a folder: each image as .jpg, each video as .mp4; errors of `is_one_video`."""
+    """Draws frames into an mp4, or into a folder: each image as .jpg, each video as .mp4; errors of `is_one_video`.
+
+    Used in a `with` block, at whose end the video is finished: with the frames until then after Ctrl-C, but after an
+    error it is not kept.
+    """
 
     def __init__(self, path: Path, sources: Sequence[Source], schema: KeypointSchema) -> None:
         self.path, self.sources, self.pen = path, sources, Pen(schema)
@@ -137,26 +141,44 @@ class Drawing:
         self.video: AbstractContextManager[Callable[[np.ndarray], None]] | None = None
         self.add_frame: Callable[[np.ndarray], None] | None = None
         self.current, self.size, self.numbers = -1, (0, 0), False
+        self.frames, self.failed = 0, False
         self.stems = Counter(Path(source.name).with_suffix("") for source in sources)
 
     def add(self, frame: Frame, poses: Poses) -> None:
         """Draw a frame, in the drawing's thread; an error of an earlier frame is raised here."""
         self.waiting.append(self.pool.submit(self._draw, frame, poses))
+        self.frames += 1
         most = max(1, WAITING_MB * 2**20 // frame.pixels.nbytes)
         while len(self.waiting) > most or self.waiting and self.waiting[0].done():
             self.waiting.pop(0).result()
 
-    def close(self) -> None:
-        """Wait for all frames, and finish the video."""
+    def __enter__(self) -> "Drawing":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Wait for all frames, and finish the video, or drop it after an error."""
         try:
             while self.waiting:
                 self.waiting.pop(0).result()
+        except Exception as later:
+            error = later
+            raise
         finally:
-            self.pool.submit(self._finish).result()
+            self.pool.submit(self._finish, None if isinstance(error, KeyboardInterrupt) else error).result()
             self.pool.shutdown()
 
     def _draw(self, frame: Frame, poses: Poses) -> None:
-        """Draw one frame and write it."""
+        """Draw one frame and write it; after an error none any more."""
+        if self.failed:
+            return
+        try:
+            self._write(frame, poses)
+        except Exception as error:
+            self.failed = True
+            self._finish(error)
+            raise
+
+    def _write(self, frame: Frame, poses: Poses) -> None:
         source = self.sources[frame.source]
         if frame.source != self.current and not (self.single and self.video):
             self._finish()
@@ -183,11 +205,11 @@ class Drawing:
         whole = source.video or self.stems[Path(source.name).with_suffix("")] > 1
         return file.with_name(file.name + ending) if whole else file.with_suffix(ending)
 
-    def _finish(self) -> None:
-        """Finish the video that is open."""
+    def _finish(self, error: BaseException | None = None) -> None:
+        """Finish the video that is open, or drop it because of an error."""
         video, self.video, self.add_frame = self.video, None, None
         if video:
-            video.__exit__(None, None, None)
+            video.__exit__(type(error) if error else None, error, None)
 
 
 def fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

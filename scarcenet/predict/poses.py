@@ -12,12 +12,14 @@ import shutil
 import tempfile
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from .frames import Source
+from ..utils.files import not_written
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,11 +61,36 @@ def row_type(keypoints: int) -> np.dtype:
     )
 
 
+@contextmanager
+def _naming(file: Path | None) -> Iterator[None]:
+    """Name the file of a table, or the folder of temporary files, in the error if it cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise not_written(file or tempfile.gettempdir(), error) from None
+
+
+@contextmanager
+def _begun(file: Path | None) -> Iterator[IO[bytes]]:
+    """A new open file, whose beginning the block writes; without a name, a temporary one. It goes if that fails."""
+    with _naming(file):
+        stream: IO[bytes] = open(file, "w+b") if file else tempfile.TemporaryFile()
+        try:
+            yield stream
+            stream.flush()
+        except OSError:
+            with suppress(OSError):  # it tries once more to write
+                stream.close()
+            if file:
+                file.unlink(missing_ok=True)
+            raise
+
+
 class PoseTable:
     """Rows of poses in a file; without one, in a file that disappears with the table.
 
     `about`: what the rows depend on, as JSON. With `resume` the rows of the file's whole batches are kept; ValueError
-    if they depend on something else.
+    if they depend on something else. OSError of one line if the file cannot be written.
     """
 
     def __init__(self, keypoints: int, file: Path | None = None, about: dict | None = None, resume: bool = False):
@@ -71,13 +98,15 @@ class PoseTable:
         head = json.dumps(about or {}).encode() + b"\n"
         self.offset = len(head)
         known = bool(file and resume and file.is_file() and file.stat().st_size)
-        self.stream: IO[bytes] = open(file, "r+b" if known else "w+b") if file else tempfile.TemporaryFile()
-        if known and (old := self.stream.readline()) != head:
-            self.stream.close()
-            raise ValueError(f"{file}: {_difference(old, about or {})}; give the same, or start without --resume")
-        if not known:
-            self.stream.write(head)
-            self.stream.flush()
+        if file and known:
+            with _naming(file):
+                self.stream: IO[bytes] = open(file, "r+b")
+            if (old := self.stream.readline()) != head:
+                self.stream.close()
+                raise ValueError(f"{file}: {_difference(old, about or {})}; give the same, or start without --resume")
+        else:
+            with _begun(file) as self.stream:
+                self.stream.write(head)
         self._take_up()
 
     def _take_up(self) -> None:
@@ -91,9 +120,10 @@ class PoseTable:
     def append(self, rows: np.ndarray) -> None:
         """Add the rows of a batch."""
         rows["left"] = np.arange(len(rows))[::-1]
-        self.stream.seek(self.offset + self.count * self.type.itemsize)
-        self.stream.write(rows.tobytes())
-        self.stream.flush()
+        with _naming(self.file):
+            self.stream.seek(self.offset + self.count * self.type.itemsize)
+            self.stream.write(rows.tobytes())
+            self.stream.flush()
         self.count += len(rows)
         self.items = int(rows[-1]["item"]) + 1
 
@@ -115,17 +145,16 @@ class PoseTable:
 
     def move(self, file: Path, about: dict) -> None:
         """Have the rows in `file` from now on, and what they depend on."""
-        self._move_to(open(file, "w+b"), json.dumps(about).encode() + b"\n")
-        self.file = file
+        self._move_to(file, json.dumps(about).encode() + b"\n")
 
-    def _move_to(self, stream: IO[bytes], head: bytes) -> None:
-        """Have the rows in another open file from now on, after `head`."""
-        stream.write(head)
-        self.stream.seek(self.offset)
-        shutil.copyfileobj(self.stream, stream)
-        stream.flush()
+    def _move_to(self, file: Path | None, head: bytes) -> None:
+        """Have the rows in another file from now on, after `head`."""
+        with _begun(file) as stream:
+            stream.write(head)
+            self.stream.seek(self.offset)
+            shutil.copyfileobj(self.stream, stream)
         self.stream.close()
-        self.stream, self.offset = stream, len(head)
+        self.stream, self.file, self.offset = stream, file, len(head)
 
     def remove(self) -> None:
         """Remove the file's name; the rows are there as long as the table is."""
@@ -134,8 +163,8 @@ class PoseTable:
         try:
             self.file.unlink(missing_ok=True)
         except PermissionError:  # Windows removes no open file
-            file, self.file = self.file, None
-            self._move_to(tempfile.TemporaryFile(), b"")
+            file = self.file
+            self._move_to(None, b"")
             file.unlink()
 
     def close(self) -> None:

@@ -171,7 +171,7 @@ class Predictions:
     def draw(self, path: str | os.PathLike, *, progress: bool = False) -> Path:
         """Write the frames with their poses drawn into them, as an .mp4 or into a folder; returns its path.
 
-        An interruption leaves the finished frames.
+        An interruption leaves the finished frames, an error no half video.
         """
         self._refuse(Path(path))
         self._run(path, progress)
@@ -204,10 +204,14 @@ class Predictions:
                     bar.update(len(step[0]))
                 return
             drawing = Drawing(Path(draw), self.sources, self.schema)
-            with closing(drawing), closing(self.pairs()) as pairs:
-                for frame, poses in pairs:
-                    drawing.add(frame, poses)
-                    bar.update()
+            try:
+                with drawing, closing(self.pairs()) as pairs:
+                    for frame, poses in pairs:
+                        drawing.add(frame, poses)
+                        bar.update()
+            except KeyboardInterrupt as interrupt:
+                part = f"a part, {drawing.frames} of {self.frames or 'all'} frames"
+                raise type(interrupt)(f"{draw}: {part}; to draw all, remove it and start again") from None
 
     def pairs(self) -> Generator[tuple[Frame, Poses], None, None]:
         """Every frame with its poses: first those that are known, whose frames are read again."""
