@@ -725,6 +725,25 @@ def test_a_power_cut(pose, walk, tmp_path):
     assert pose.predict(walk, boxes="pose").save(out, resume=True).read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize("name", ["out.csv", "out"])
+def test_two_predictions_into_one_output(pose, walk, tmp_path, name):
+    """The second is told of the first, with `resume` too, and changes nothing; a folder can be the drawing's too."""
+    out, drawn = tmp_path / name, tmp_path / "out"
+    found = pose.predict(walk, boxes="pose")
+    look, said = found.looker, []
+
+    def second(frames):
+        for resume in (False, True):
+            with pytest.raises(ValueError, match=f"{name}: in use by process {os.getpid()} on") as error:
+                pose.predict(walk, boxes="pose").save(out, draw=drawn, resume=resume)
+            said.append(error)
+        return look(frames)
+
+    second.restore, found.looker = look.restore, second
+    assert found.save(out, draw=drawn) == out and said
+    assert not list(tmp_path.rglob(".*")) and len(list(tmp_path.rglob("*.csv"))) == 1
+
+
 def test_it_goes_on_with_the_same_things_only(pose, walk, tmp_path):
     out = tmp_path / "out.csv"
     with pytest.raises(KeyboardInterrupt):

@@ -24,6 +24,7 @@ from .network import PoseNetwork
 from .poses import Poses, PoseTable, data_frame, poses_in, row_type
 from .save import output_files, save_table
 from ..utils.files import short_name
+from ..utils.lock import locked
 from ..utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class Predictions:
         A path without an ending is a folder, new or not, with a file for each video, and one for all images: .csv, or
         as `format` says. `draw`: at the same time a drawing, an .mp4 or a folder. An interruption leaves files of the
         finished frames; the same call with `resume` continues from there, with the same result. `progress`: show a bar.
+        ValueError if another process is at work on the same output.
         """
         path, drawings = Path(path), [Path(draw)] if draw else []
         files = output_files(path, self.sources, format)
@@ -147,25 +149,25 @@ class Predictions:
         for drawing in drawings:
             is_one_video(drawing, self.sources)
         self._refuse_sources(*files, *drawings)
-        if not resume:
-            self._refuse(*files, *drawings)
-            if rest.exists():
-                raise ValueError(f"{path}: unfinished; go on with resume, or remove {rest}")
-        elif any(file.exists() for file in files) and not rest.exists():
-            raise ValueError(f"{path}: already finished; nothing to resume")
-        rest.parent.mkdir(parents=True, exist_ok=True)
-        if self._table is None:
-            self._table = PoseTable(len(self.schema), rest, self._about(draw), resume)
-        else:
-            self._table.move(rest, self._about(draw))
-        try:
-            self._run(draw, progress)
-        except KeyboardInterrupt as interrupt:
+        with locked(rest.with_suffix(".lock"), guarded=path):
+            if not resume:
+                self._refuse(*files, *drawings)
+                if rest.exists():
+                    raise ValueError(f"{path}: unfinished; go on with resume, or remove {rest}")
+            elif any(file.exists() for file in files) and not rest.exists():
+                raise ValueError(f"{path}: already finished; nothing to resume")
+            if self._table is None:
+                self._table = PoseTable(len(self.schema), rest, self._about(draw), resume)
+            else:
+                self._table.move(rest, self._about(draw))
+            try:
+                self._run(draw, progress)
+            except KeyboardInterrupt as interrupt:
+                self._write(files)
+                done = f"{self.table.items} of {self.frames or 'all'} frames are done"
+                raise type(interrupt)(f"{path}: {done}; go on with resume") from None
             self._write(files)
-            done = f"{self.table.items} of {self.frames or 'all'} frames are done"
-            raise type(interrupt)(f"{path}: {done}; go on with resume") from None
-        self._write(files)
-        self.table.remove()
+            self.table.remove()
         return path
 
     def draw(self, path: str | os.PathLike, *, progress: bool = False) -> Path:
@@ -185,9 +187,9 @@ class Predictions:
 
     @staticmethod
     def _refuse(*files: Path) -> None:
-        """ValueError if one of the files, or a folder with something in it, is there."""
+        """ValueError if one of the files, or a folder with something in it that is not hidden, is there."""
         for file in files:
-            if file.exists() and not (file.is_dir() and not any(file.iterdir())):
+            if file.exists() and not (file.is_dir() and all(f.name.startswith(".") for f in file.iterdir())):
                 raise ValueError(f"{file}: already exists; choose another name, remove it, or resume it if unfinished")
 
     def _write(self, files: dict[Path, list[int]]) -> None:

@@ -108,8 +108,8 @@ def _break(lock: Path, holder: Holder | None) -> None:
 
 
 @contextmanager
-def locked(lock: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a lock during the block: the file `lock`, whose folder is made.
+def locked(lock: Path, wait: bool = False, *, guarded: Path | None = None) -> Iterator[None]:
+    """Hold a lock during the block: the file `lock`, whose folder is made; of `guarded`, by default that folder.
 
     If another process holds it, wait for it, or without `wait` ValueError of one line with its machine and number.
     """
@@ -121,7 +121,7 @@ def locked(lock: Path, wait: bool = False) -> Iterator[None]:
         elif wait:
             time.sleep(0.02)
         else:
-            raise ValueError(_in_use(lock, holder))
+            raise ValueError(_in_use(guarded or lock.parent, holder))
     ended = threading.Event()
 
     def live() -> None:
@@ -141,7 +141,7 @@ def locked(lock: Path, wait: bool = False) -> Iterator[None]:
                 lock.parent.rmdir()  # which works only if the block has left nothing in it
 
 
-def _in_use(lock: Path, holder: Holder | None) -> str:
-    """What is said of a lock that another process holds."""
+def _in_use(guarded: Path, holder: Holder | None) -> str:
+    """What is said of a file or folder whose lock another process holds."""
     who = f"process {holder.process} on {holder.host}" if holder else "another process"
-    return f"{lock.parent}: in use by {who}; wait until it ends, or choose another --out"
+    return f"{guarded}: in use by {who}; wait until it ends, or choose another --out"
