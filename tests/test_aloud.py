@@ -71,7 +71,7 @@ def test_same_images_reads_little(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(content)
     a, b, c, d = (tmp_path / name for name in "abcd")
     assert same_images({"train": [a, b, c], "val": [d, tmp_path / "none"]}) == [(a, d)]
-    assert same_images({"train": [a, b, c, d]}) == [] and describe_same([]) == ""
+    assert same_images({"train": [a, b, c, d]}) == [] and describe_same([]) is None
 
 
 def test_boxes_elsewhere_are_said_before_a_training(zoo):
@@ -85,10 +85,10 @@ def test_boxes_elsewhere_are_said_before_a_training(zoo):
 
 def test_species_with_fewer_labels_than_asked(zoo, capsys):
     poses = read_coco(*find_split(zoo, "train"))
-    line = describe_few(poses, 1000)
+    line = str(describe_few(poses, 1000))
     kinds = len(set(poses.column("category")))
     assert line.startswith(f"species with fewer than 1000 labelled images: {kinds}, first ")
-    assert describe_few(poses, 1) == ""
+    assert describe_few(poses, 1) is None
     assert cli.main(["check", str(zoo), "--labels", "1000"]) == 0
     assert capsys.readouterr().out.count(line) == 1
     from scarcenet.data.splits import known_labels
@@ -133,6 +133,110 @@ def test_check_for_programs(animals, capsys):
     turned.write_bytes(turned.read_bytes()[:500])
     assert cli.main(["check", str(animals), "--json"]) == 1
     assert turned.name in json.dumps(json.loads(capsys.readouterr().out)["files"])
+
+
+@pytest.fixture
+def checked(animals, tmp_path, capsys):
+    """Changes a set by `spoil(its files by split, their contents)`; returns what check and train say."""
+    files = {split: find_split(animals, split)[0] for split in ("train", "val", "test")}
+
+    def told(spoil, *flags):
+        contents = {split: json.loads(file.read_text()) for split, file in files.items()}
+        spoil(files, contents)
+        for split, file in files.items():
+            if split in contents:
+                file.write_text(json.dumps(contents[split]))
+        capsys.readouterr()
+        code = cli.main(["check", str(animals), "--json", *flags])
+        out, err = capsys.readouterr()
+        try:
+            load_run_data(quick(animals, labels="all"), tmp_path)
+            refused = ""
+        except (ValueError, OSError) as error:
+            refused = str(error)
+        content = json.loads(out)
+        assert (code, bool(content["refused"])) == ((1, True) if refused else (0, False)), (code, err, refused)
+        assert not refused or err == f"scarcenet: {content['refused']}\n"
+        return content, refused
+
+    return told
+
+
+def bare_image(files, contents):
+    """An image without annotation that cannot be decoded."""
+    (files["train"].parents[1] / "data" / "bare.jpg").write_bytes(b"torn")
+    contents["train"]["images"].append(dict(id=77, file_name="bare.jpg", width=9, height=9))
+
+
+def extra_file(files, contents):
+    """A draw that training does not read, with a missing image; and a file that is not JSON."""
+    other = json.loads(json.dumps(contents["train"]))
+    other["images"][0]["file_name"] = "gone.jpg"
+    files["train"].with_name("ap10k-train-split2.json").write_text(json.dumps(other))
+    files["train"].with_name("notes.json").write_text("{")
+
+
+def other_keypoints(files, contents):
+    contents["val"]["categories"] = [
+        category | {"keypoints": [f"{name}_x" for name in category["keypoints"]]}
+        for category in contents["val"]["categories"]
+    ]
+
+
+def no_label(files, contents):
+    for annotation in contents["train"]["annotations"]:
+        annotation["keypoints"] = [0] * len(annotation["keypoints"])
+
+
+def no_train(files, contents):
+    files["train"].unlink()
+    del contents["train"]
+
+
+def torn_val(files, contents):
+    del contents["val"]
+    files["val"].write_text("{")
+
+
+def lost_image(files, contents):
+    (files["val"].parents[1] / "data" / contents["val"]["images"][0]["file_name"]).unlink()
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (bare_image, ""),
+        (extra_file, ""),
+        (other_keypoints, "expected the keypoints of"),
+        (no_label, "no labelled instances"),
+        (no_train, "no split 'train'"),
+        (torn_val, "ap10k-val-split1.json"),
+        (lost_image, "no such image"),
+    ],
+)
+def test_check_refuses_what_training_refuses(checked, spoil, words):
+    """Exit code 1 for that alone, with the reason; and the JSON is whole."""
+    content, refused = checked(spoil)
+    assert words in content["refused"] and words in refused
+    unread = [part["file"] for part in content["files"] if "error" in part]
+    assert len(unread) == (spoil in (extra_file, torn_val))
+
+
+def test_check_counts_what_concerns_several_files(checked):
+    """Images in two splits and species with few labels: by kind, with a count and the first three."""
+
+    def twice(files, contents):
+        folder, content = files["train"].parents[1] / "data", contents["val"]
+        first, copy = contents["train"]["images"][0], content["images"][0]
+        shutil.copy(folder / first["file_name"], folder / copy["file_name"])
+        copy |= {side: first[side] for side in ("width", "height")}
+
+    content, _ = checked(twice, "--labels", "1000")
+    (same,) = content["faults"]
+    assert same["kind"].startswith("images in two splits") and same["count"] == len(same["first"]) == 1
+    faults = {fault["kind"]: fault for part in content["files"] for fault in part["faults"]}
+    few = faults["species with fewer than 1000 labelled images"]
+    assert few["count"] >= len(few["first"]) == 3 and content["notes"] == []
 
 
 def test_odd_entries_of_the_other_splits(animals, tmp_path, capsys):

@@ -6,7 +6,8 @@
 __all__ = ['zoo', 'check', 'import_']
 
 # %% ../../nbs/cli/data.ipynb #imports
-from contextlib import suppress
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -78,7 +79,8 @@ def check(
 ) -> None:
     """Check a data set: count its content, list odd entries and what was done about them, and what looks wrong.
 
-    Exit code 1 if training would refuse the set: an image is missing, damaged or of another size than stated.
+    Exit code 1 if training would refuse the set: it has no train split or no labels, a split cannot be read or has
+    other keypoints, or an image that training opens is missing, damaged or of another size than stated.
 
     For example:
     $ scarcenet check my_set --draw sheets
@@ -94,40 +96,52 @@ def check(
         exif: frame of the keypoints in images with an EXIF orientation, where the stated image size does not tell it:
             pixels as stored, or upright as viewers show them
         strict: stop at the first odd entry instead of skipping it
-        json: print one JSON object instead of text: for each file its counts and its faults, with three entries of each
+        json: print one JSON object instead of text: for each file its counts and its faults, with three entries of
+            each; the faults of the set; and "refused", why training would refuse it, or ""
     """
     import json as writer
 
     import numpy as np
 
+    from scarcenet.config import Config
     from scarcenet.data.check import check_poses, describe_same, describe_turned, same_images
-    from scarcenet.data.coco import read_coco
+    from scarcenet.data.coco import PoseSet, read_coco
     from scarcenet.data.images import broken_images
+    from scarcenet.data.labels import describe_few
     from scarcenet.data.layout import annotation_files, find_splits
-    from scarcenet.data.splits import describe_labels
+    from scarcenet.data.splits import refusal
     from scarcenet.run.figures import samples_grid, save_figure
 
     files = annotation_files(data)
     alike = len({file.stem for file in files}) < len(files)  # in Roboflow's folders, train/ valid/ test/
     titles = {file: file.parent.name if alike else file.stem for file in files}
     sheets = {file: new_file(draw / f"{title}.png") for file, title in titles.items()} if draw else {}
-    splits: list[Path] = []
-    with suppress(ValueError, FileNotFoundError):  # a set without a train split
-        splits = [file for file, _ in find_splits(data).values()]
-    parts: dict[str, list[Path]] = {}
+    refused, splits = "", {}
+    try:
+        splits = {file: name for name, (file, _) in find_splits(data).items()}
+    except (ValueError, FileNotFoundError) as error:  # a set without a train split
+        refused = str(error)
+    read: dict[str, PoseSet] = {}
     broken: dict[Path, str] = {}
     told: list[dict] = []
     for file in files:
-        poses = read_coco(file, images, strict=strict, upright=exif == "upright", flip_pairs=flip_pairs)
+        try:
+            poses = read_coco(file, images, strict=strict, upright=exif == "upright", flip_pairs=flip_pairs)
+        except (ValueError, OSError) as error:
+            told.append({"file": str(file), "error": str(error)})
+            if file in splits:
+                refused = refused or str(error)
+            elif not json:
+                print(error, end="\n\n")
+            continue
         report, instances = check_poses(poses), poses.instances + poses.unannotated + poses.empty
         found = broken_images(instances, progress=show_progress())
         broken |= found
-        lines = [describe_turned(instances)]
+        lines = [line for line in [describe_turned(instances)] if line]
         if file in splits:
-            parts[str(file)] = [i.file for i in instances]
-        if labels and (file in splits[:1] or len(files) == 1):
-            lines.append(describe_labels(labels, poses))
-        lines = [line for line in lines if line]
+            read[splits[file]] = poses
+        if labels.isdecimal() and splits.get(file) == "train" and (few := describe_few(poses, int(labels))):
+            report = replace(report, findings=(*report.findings, few))
         told.append(report.as_json() | {"notes": lines, "broken": list(found.values())[:3], "broken_count": len(found)})
         if not json:
             print(report, *lines, f"broken images: {len(found)}", sep="\n", end="\n\n")
@@ -137,13 +151,21 @@ def check(
             save_figure(samples_grid(poses, np.sort(chosen).tolist()), sheets[file])
             if not json:
                 print(f"samples: {sheets[file]}\n")
-    same = describe_same(same_images(parts))
+    same = describe_same(
+        same_images({n: [i.file for i in p.instances + p.unannotated + p.empty] for n, p in read.items()})
+    )
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        config = Config(labels="all" if labels.isdecimal() else labels or "all", strict=strict)
+        refused = refused or refusal(config, read, broken)
     if json:
-        print(writer.dumps({"files": told, "notes": [same] if same else []}, default=str))
-    elif same:
-        print(same)
-    if broken:
-        raise ValueError(f"{next(iter(broken.values()))}; {len(broken)} broken images in all")
+        faults = [same._asdict()] if same else []
+        content = {"files": told, "faults": faults, "notes": [str(n.message) for n in notes], "refused": refused}
+        print(writer.dumps(content, default=str))
+    else:
+        print(*([same] if same else []), *(note.message for note in notes), sep="\n", end="\n" if same or notes else "")
+    if refused:
+        raise ValueError(refused)
 
 # %% ../../nbs/cli/data.ipynb #import
 def import_(

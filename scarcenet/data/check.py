@@ -57,7 +57,7 @@ class Report:
         if self.empty:
             lines.append(f"images without annotation: {self.empty}, {UNUSED}")
         for found in self.findings:
-            lines.append(f"{found.kind}: {found.count}, first {', '.join(found.first)}; {found.done}")
+            lines.append(str(found))
         for what, places in self.odd.items():
             lines.append(f"{what}: {len(places)}" + (f", first {', '.join(map(str, places[:3]))}" if places else ""))
         return "\n".join(lines)
@@ -157,12 +157,12 @@ def same_images(sets: Mapping[str, Iterable[Path]]) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def describe_same(pairs: Sequence[tuple[Path, Path]]) -> str:
-    """One line on images that are in two splits; "" if there are none."""
+def describe_same(pairs: Sequence[tuple[Path, Path]]) -> Finding | None:
+    """What `same_images` has found; None if there are no such images."""
     if not pairs:
-        return ""
-    first = ", ".join(a.name if a.name == b.name else f"{a.name} = {b.name}" for a, b in pairs[:3])
-    return f"images in two splits, which makes scores too high: {len(pairs)}, first {first}"
+        return None
+    first = tuple(a.name if a.name == b.name else f"{a.name} = {b.name}" for a, b in pairs[:3])
+    return Finding("images in two splits, which makes scores too high", len(pairs), first, "")
 
 
 def describe_unused(poses: PoseSet, boxes: str) -> str:

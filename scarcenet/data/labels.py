@@ -43,16 +43,15 @@ def draw_labelled(poses: PoseSet, per_category: int, seed: int) -> np.ndarray:
     return annotated & np.isin(images, drawn)
 
 # %% ../../nbs/data/labels.ipynb #lists
-def describe_few(poses: PoseSet, per_category: int) -> str:
-    """One line on the species of which fewer images have keypoints than are to be labelled; "" if there are none."""
+def describe_few(poses: PoseSet, per_category: int) -> Finding | None:
+    """The species of which fewer images have keypoints than are to be labelled; None if there are none."""
     annotated: np.ndarray = np.any(poses.truth.visible, axis=1)
     images = set(zip(poses.column("category")[annotated], poses.column("image_id")[annotated], strict=True))
     counts = Counter(str(name) for name, _ in images)
     few = [f"{name} ({counts[name]})" for name in sorted(counts) if counts[name] < per_category]
     if not few:
-        return ""
-    first = ", ".join(few[:3])
-    return f"species with fewer than {per_category} labelled images: {len(few)}, first {first}; all are used"
+        return None
+    return Finding(f"species with fewer than {per_category} labelled images", len(few), tuple(few[:3]), "all are used")
 
 
 class IdList(NamedTuple):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Part', 'BOXES_FILE', 'set_folder', 'label_parts', 'is_file', 'read_part', 'part_labels', 'describe_ids',
-           'describe_labels', 'join_parts', 'known_labels', 'of_images', 'hold_out', 'Splits', 'read_splits',
-           'without_box']
+           'require_labelled', 'join_parts', 'known_labels', 'of_images', 'hold_out', 'Splits', 'read_splits',
+           'match_splits', 'refusal', 'without_box']
 
 # %% ../../nbs/data/splits.ipynb #imports
 import warnings
@@ -127,8 +127,8 @@ def part_labels(config: Config, part: Part, poses: PoseSet, corrected: list[Corr
     if part == "all":
         return reveal(poses, np.any(poses.truth.visible, axis=1))
     if isinstance(part, int):
-        if line := describe_few(poses, part):
-            warnings.warn(f"{poses.file}: {line}", stacklevel=2)
+        if few := describe_few(poses, part):
+            warnings.warn(f"{poses.file}: {few}", stacklevel=2)
         return reveal(poses, draw_labelled(poses, part, config.seed))
     if corrected is not None:
         return labels_of(part, poses, corrected)
@@ -148,11 +148,10 @@ def describe_ids(ids: IdList, poses: PoseSet) -> str:
     return f"{counts}; first: {', '.join(map(str, suspect[:3]))}{other}"
 
 
-def describe_labels(labels: str, poses: PoseSet) -> str:
-    """One line on what does not fit between `Config.labels`, a number or a list of image ids, and a set; or ""."""
-    if labels.isdecimal():
-        return describe_few(poses, int(labels))
-    return describe_ids(read_id_list(labels, poses), poses) if labels != "all" else ""
+def require_labelled(poses: PoseSet, labels: Labels) -> None:
+    """ValueError if there is nothing for stage 1 to learn from."""
+    if not labels.labelled.any():
+        raise ValueError(f"{poses.file}: no labelled instances for stage 1; check --labels")
 
 
 def join_parts(parts: Sequence[Labels]) -> Labels:
@@ -264,6 +263,12 @@ def _read(config: Config, files: dict[str, tuple[Path, Path | None]]) -> tuple[P
     for name, (file, images) in files.items():
         upright = config.exif == "upright"
         splits[name] = read_coco(file, images, strict=config.strict, upright=upright, flip_pairs=config.flip_pairs)
+    return match_splits(config, splits)
+
+
+def match_splits(config: Config, splits: Mapping[str, PoseSet]) -> tuple[PoseSet, dict[str, PoseSet]]:
+    """The train split, and those of val and test that can be evaluated; ValueError if one has other keypoints."""
+    splits = dict(splits)
     train = splits.pop("train")
     for name, other in list(splits.items()):
         if not len(other):
@@ -305,6 +310,23 @@ def _with_boxes(config: Config, home: Path, train: PoseSet, labelled: np.ndarray
 def _largest(boxes: Sequence[Box]) -> Box | None:
     """The largest of the boxes of an image; None if there is none."""
     return max(boxes, key=lambda box: box[2] * box[3], default=None)
+
+
+def refusal(config: Config, splits: Mapping[str, PoseSet], broken: Mapping[Path, str]) -> str:
+    """One line on why training would refuse a set whose splits were read; "" if it would not. Warns as training does.
+
+    `broken`: a line on each image file that cannot be used; those that training does not open do not count.
+    """
+    try:
+        train, evaluated = match_splits(config, splits)
+        corrected = [animal for part in label_parts(config) for animal in read_part(part, train) or ()]
+        train = add_corrected(train, corrected)
+        require_labelled(train, known_labels(config, train))
+    except (ValueError, OSError) as error:
+        return str(error)
+    used = [i.file for poses in (with_unannotated(train), *evaluated.values()) for i in poses.instances]
+    lines = [broken[file] for file in dict.fromkeys(used) if file in broken]
+    return f"{lines[0]}; {len(lines)} broken images in all" if lines else ""
 
 
 def without_box(splits: Splits) -> list[Instance]:

@@ -23,6 +23,10 @@ class Finding(NamedTuple):
     first: tuple[str, ...]  # three of them at most: "annotation 17"
     done: str  # "skipped"
 
+    def __str__(self) -> str:
+        done = f"; {self.done}" if self.done else ""
+        return f"{self.kind}: {self.count}, first {', '.join(self.first)}{done}"
+
 
 class Findings:
     """Counts odd entries by kind, in the order in which the kinds are met."""

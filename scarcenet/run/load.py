@@ -19,7 +19,7 @@ from ..config import Config
 from ..data.check import describe_same, same_images, warn_evaluated, warn_findings
 from ..data.coco import Instance, Labels, PoseSet
 from ..data.loader import CropCache, TrainingSet, load_crops, seeded
-from ..data.splits import BOXES_FILE, Splits, read_splits, set_folder, without_box
+from ..data.splits import BOXES_FILE, Splits, read_splits, require_labelled, set_folder, without_box
 from ..predict.boxes import detector_boxes
 from ..utils.device import pick_device
 from ..utils.distributed import barrier, is_main_process, rank_slice
@@ -81,8 +81,8 @@ def load_run_data(config: Config, home: Path, progress: bool = False) -> RunData
     find_boxes(config, home, progress)
     splits = read_splits(config, home, progress)
     train, labels, evaluated = splits
-    if config.supervised_epochs and not labels.labelled.any():
-        raise ValueError(f"{train.file}: no labelled instances for stage 1; check --labels")
+    if config.supervised_epochs:
+        require_labelled(train, labels)
     jitter = draw_jitter(config, len(train))
     rows = np.flatnonzero(labels.labelled | (config.epochs > 0))  # stage 1 uses no other image
     load = partial(
