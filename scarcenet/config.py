@@ -205,7 +205,7 @@ class Config:
         for name, (low, high) in _LIMITS.items():
             value = getattr(self, name)
             if not low <= value <= high:  # nan fails, too
-                highest = f" and at most {high}" if high < _UNLIMITED else ""
+                highest = f" and at most {high:g}" if high < math.inf else ""
                 raise ValueError(f"{name}: expected at least {low}{highest}, got {value}")
         if self.size % 32:
             raise ValueError(f"size: expected a multiple of 32 px, the largest stride of a network, got {self.size}")

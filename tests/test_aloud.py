@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from scarcenet import train as training
 from scarcenet.cli import main as cli
-from scarcenet.config import PRESETS
+from scarcenet.config import PRESETS, Config
 from scarcenet.data.check import describe_same, same_images, warn_findings
 from scarcenet.data.coco import find_split, read_coco
 from scarcenet.data.labels import describe_few
@@ -22,14 +23,18 @@ from scarcenet.data.loader import load_crops
 from scarcenet.data.splits import read_splits
 from scarcenet.experiments import ablation
 from scarcenet.experiments.ablation import row_columns, run_ablation
+from scarcenet.heatmap import Keypoints
 from scarcenet.models.build import build_network, describe_network
 from scarcenet.models.weights import save_weights
+from scarcenet.predict.predictor import find_networks
 from scarcenet.predict.save import _columns
-from scarcenet.run.folder import describe_collapse, read_rows
+from scarcenet.pseudo_labels import join_labels
+from scarcenet.record import start_ledger, write_labels
+from scarcenet.run.folder import describe_collapse, open_run, read_rows
 from scarcenet.run.load import load_run_data, warn_of_set
 from scarcenet.run.train_run import train_in_folder
 from scarcenet.utils.device import explain_step, fitting_batch
-from scarcenet.utils.files import plain_cell
+from scarcenet.utils.files import plain_cell, read_json, write_json
 
 QUICK = dict(network="hrnet_tiny", backbone="", size=32, labels=1, device="cpu", views=2, batch=8, labelled_repeat=1)
 QUICK |= dict(supervised_epochs=1, supervised_batch=8, supervised_repeat=1, epochs=1)
@@ -456,3 +461,36 @@ def test_a_cache_does_not_grow_for_ever(zoo, tmp_path):
         os.utime(tmp_path / name, (time.time() - days * 86400,) * 2)
     load_crops(instances, 32, limit_mb=0, cache=tmp_path)
     assert {f.name for f in tmp_path.iterdir()} == {used.name, "new.crops", "notes.txt"}
+
+
+def test_what_an_unfinished_run_has(zoo, tmp_path, capsys):
+    """The network of stage 1, which is said; and no epoch in its ledger."""
+    config = quick(zoo)
+    run = open_run(tmp_path / "run", config)
+    run_data = load_run_data(config, run)
+    weights = run / "supervised.safetensors"
+    save_weights(build_network(config, 17), weights, describe_network(config, run_data.train.schema))
+    line = "the run has not finished; the network of stage 1 is used"
+    for argv in (["eval", run], ["predict", run, run_data.train.instances[0].file, "--out", tmp_path / "p.json"]):
+        assert cli.main([*map(str, argv), "--device", "cpu"]) == 0
+        assert capsys.readouterr().err.count(line) == 1
+    labels = run_data.data.labels
+    pseudo = Keypoints(torch.zeros_like(labels.xy), torch.ones_like(labels.weight))
+    start_ledger(run / "ledger", run_data.train, labels.labelled)
+    write_labels(run / "ledger", run_data.train.schema.names, join_labels(labels, pseudo, config.drop), pseudo)
+    animal = str(run_data.train.instances[0].id)
+    for argv in (
+        ["explain", run, "--instance", animal, "--keypoint", "nose"],
+        ["accepted", run, "--out", tmp_path / "a"],
+    ):
+        assert cli.main([*map(str, argv)]) == 1
+        assert "no epoch of stage 3 is recorded yet" in capsys.readouterr().err
+    write_json(run / "config.json", read_json(run / "config.json") | {"epochs": 0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(find_networks(run)) == ["supervised"]
+
+
+def test_the_upper_limit_is_said():
+    with pytest.raises(ValueError, match=r"supervised_lr: expected at least 0 and at most 1e\+09, got 1e\+30"):
+        Config(supervised_lr=1e30)

@@ -440,7 +440,7 @@ def test_numbers_that_make_no_sense(place, capsys):
         ("--size", "70"): "size: expected a multiple of 32 px",
         ("--batch", "0"): "batch: expected at least 1, got 0",
         ("--drop", "1.5"): "drop: expected at least 0 and at most 1, got 1.5",
-        ("--lr", "nan"): "lr: expected at least 0, got nan",
+        ("--lr", "nan"): "lr: expected at least 0 and at most 1e+09, got nan",
         ("--supervised-epochs", "0", "--epochs", "0"): "nothing to train",
     }.items():
         with pytest.raises(SystemExit) as end:

@@ -60,10 +60,12 @@ class Ledger:
 
     def epoch(self, asked: int | None = None) -> int:
         """The epoch that was asked for, or the last one; ValueError if it is not recorded."""
-        epoch = self.epochs[-1] if asked is None and self.epochs else asked
-        if epoch is None or epoch not in self.epochs:
-            recorded = f"epochs {self.epochs[0]} to {self.epochs[-1]} are" if self.epochs else "none is yet"
-            raise ValueError(f"{self.folder}: epoch {asked} is not recorded; {recorded}")
+        epoch = self.epochs[-1] if asked is None and self.epochs else asked or 0
+        if not self.epochs:
+            raise ValueError(f"{self.folder}: no epoch of stage 3 is recorded yet")
+        if epoch not in self.epochs:
+            recorded = f"epochs {self.epochs[0]} to {self.epochs[-1]} are"
+            raise ValueError(f"{self.folder}: epoch {epoch} is not recorded; {recorded}")
         return epoch
 
     def keep(self, epoch: int) -> float:

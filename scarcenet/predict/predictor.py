@@ -205,13 +205,23 @@ def _not_a_source(run: Path) -> Path:
 def find_networks(run: str | os.PathLike) -> dict[str, Path]:
     """The weights files of a run's folder by name, the best one last; or `run` itself, if it is a weights file.
 
-    FileNotFoundError where there are none.
+    Warns if stage 3 is still to come. FileNotFoundError where there are none.
     """
     run = _not_a_source(Path(run))
     files = [run / f"{name}.safetensors" for name in NETWORKS_OF_A_RUN] if run.is_dir() else [run]
     if not (found := {file.stem: file for file in files if file.is_file()}):
         raise FileNotFoundError(f"{run}: expected a weights file or the folder of a finished run, got neither")
+    if run.is_dir() and list(found) == ["supervised"] and _has_stage_3(run):
+        warnings.warn(f"{run}: the run has not finished; the network of stage 1 is used", stacklevel=2)
     return found
+
+
+def _has_stage_3(folder: Path) -> bool:
+    """Whether the configuration of a run's folder asks for stage 3; False without one that can be read."""
+    try:
+        return read_config(folder).epochs > 0
+    except (ValueError, OSError):
+        return False
 
 
 def find_config(run: str | os.PathLike, config: str = "") -> Config:
