@@ -194,6 +194,7 @@ def test_sides_decisions_and_methods_are_told_apart(blind):
 
 # ---- the numbers of 12_results, from the files that it cites
 
+GRIDS = ("study", "px128", "px256", "transfer", "study-demo")
 
 def by_seed(rows, labels, method, column="teacher_AP"):
     return {int(r["seed"]): float(r[column]) for r in rows if (r["labels"], r["method"]) == (labels, method)}
@@ -207,7 +208,7 @@ def differences(a: dict[int, float], b: dict[int, float]) -> dict[int, float]:
 def measured() -> list[list[float]]:
     """Every gain that can be made of the measured rows, points of AP by seed: method over method, size over size."""
     folder = NBS / "measured"
-    grids = {name: list(read_grid(folder / f"{name}.csv").values()) for name in ("study", "px128", "px256", "transfer")}
+    grids = {name: list(read_grid(folder / f"{name}.csv").values()) for name in GRIDS}
     grids["study"] += [r | {"method": "no loss"} for r in read_grid(folder / "no-small-loss.csv").values()]
     older = read_rows(folder / "study-before.csv")
     grids |= {name: [r for r in older if r["run"] == name] for name in ("first", "second")}
