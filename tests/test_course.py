@@ -196,6 +196,7 @@ def test_sides_decisions_and_methods_are_told_apart(blind):
 
 GRIDS = ("study", "px128", "px256", "transfer", "study-demo")
 
+
 def by_seed(rows, labels, method, column="teacher_AP"):
     return {int(r["seed"]): float(r[column]) for r in rows if (r["labels"], r["method"]) == (labels, method)}
 
