@@ -210,7 +210,8 @@ def measured() -> list[list[float]]:
     """Every gain that can be made of the measured rows, points of AP by seed: method over method, size over size."""
     folder = NBS / "measured"
     grids = {name: list(read_grid(folder / f"{name}.csv").values()) for name in GRIDS}
-    grids["study"] += [r | {"method": "no loss"} for r in read_grid(folder / "no-small-loss.csv").values()]
+    for name, part in (("study", "no-small-loss"), ("study-demo", "no-small-loss-demo")):
+        grids[name] += [r | {"method": "no loss"} for r in read_grid(folder / f"{part}.csv").values()]
     older = read_rows(folder / "study-before.csv")
     grids |= {name: [r for r in older if r["run"] == name] for name in ("first", "second")}
     replaced = [r for r in older if r["run"] == "elsewhere"]  # the two rows of the second run that are not today's
