@@ -194,6 +194,7 @@ def test_sides_decisions_and_methods_are_told_apart(blind):
 
 # ---- the numbers of 12_results, from the files that it cites
 
+README = (NBS.parent / "README.md").read_text(encoding="utf-8")
 GRIDS = ("study", "px128", "px256", "transfer", "study-demo")
 
 
@@ -235,6 +236,17 @@ def measured() -> list[list[float]]:
             series[(*place, "best")] = {seed: max(s[seed] for s in found) for seed in seeds}
     gains = [differences(a, b) for (i, a), (j, b) in product(series.items(), repeat=2) if i[1:3] == j[1:3]]
     return [[100 * gain[seed] for seed in sorted(gain)] for gain in gains if gain]
+
+
+def test_gains_in_the_readme_are_measured():
+    """The sentence on the drawn animals with more labels than one."""
+    said = re.search(r"With (.*) labelled images of each drawn species, ScarceNet gains (.*) points", README)
+    rows = list(read_grid(NBS / "measured" / "study-demo.csv").values())
+    for labels, gain in zip(re.findall(r"\d+", said[1]), re.findall(r"[\d.]+\d", said[2]), strict=True):
+        gains = differences(by_seed(rows, labels, "scarcenet"), by_seed(rows, labels, "supervised"))
+        assert len(gains) == 3 and f"{100 * np.mean(list(gains.values())):.1f}" == gain
+    none = differences(by_seed(rows, "10", "scarcenet"), by_seed(rows, "10", "supervised"))
+    assert "and with 10 none" in README and max(none.values()) <= 0
 
 
 def test_gains_of_12_results_are_measured(measured):

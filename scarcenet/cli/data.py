@@ -137,7 +137,7 @@ def check(
         report, instances = check_poses(poses), poses.instances + poses.unannotated + poses.empty
         found = broken_images(instances, progress=show_progress())
         broken |= found
-        lines = [line for line in [describe_turned(instances)] if line]
+        lines = [turned] if (turned := describe_turned(instances)) else []
         if file in splits:
             read[splits[file]] = poses
         if labels.isdecimal() and splits.get(file) == "train" and (few := describe_few(poses, int(labels))):

@@ -337,7 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"scarcenet: {' '.join(line.split())}", file=sys.stderr)
             return 1
         except Exception as e:
-            if line := explained(e) if isinstance(e, RuntimeError) else "":
+            line = explained(e) if isinstance(e, RuntimeError) else ""
+            if line:
                 print(f"scarcenet: {line}", file=sys.stderr)
             else:  # a fault of the program, told here so that a log has it, too
                 traceback.print_exc()

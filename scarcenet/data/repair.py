@@ -153,8 +153,8 @@ def repair_categories(
 ) -> tuple[dict[int, dict], dict[int, int]]:
     """The categories with keypoints by id, and the one that each id means; those without keypoints mean none.
 
-    `used`: the ids of those that have an annotation with keypoints. ValueError if their keypoints differ, or if several
-    have none.
+    `used`: the ids of those that have an annotation with keypoints. ValueError if their keypoints differ, or if none of
+    several has an id.
     """
     posed = [
         (ids(entry.get("id")), label, entry, names) for label, entry in entries if (names := keypoint_names(entry))

@@ -267,7 +267,6 @@ def train_grid(
         open_run(folder, config, resume=True)
     else:
         write_json(folder / "config.json", asdict(config))
-    told = False
     loaded: Config | None = None  # the configuration of `run_data`
     run_data: RunData | None = None
     for cell in cells:
@@ -278,10 +277,9 @@ def train_grid(
         if run_data is None or early != loaded:
             run_data = None  # before the next set is read: the two may not fit into memory together
             run_data = load_run_data(early, folder, progress)
+            if not loaded:  # once: it is the same set for all
+                warn_of_set(early, run_data)
             loaded = early
-        if not told:  # once: it is the same set for all
-            warn_of_set(early, run_data)
-            told = True
         if missing := {"val", "test"} - run_data.evaluated.keys():
             raise ValueError(f"{run_data.train.file}: no {min(missing)} split; comparing methods needs val and test")
         columns = row_columns(run_data.evaluated["test"], config)

@@ -83,9 +83,7 @@ def submit(
     import submitit
 
     folder, file = folder.absolute(), file.absolute()  # a job may start in another folder
-    warn_of_set(
-        config, read_splits(config, folder)
-    )  # what is wrong with the set is said now, and the zoo is drawn once
+    warn_of_set(config, read_splits(config, folder))  # said now; and the zoo is drawn once
     shares = split_cells(cells, cluster.jobs)
     threads = max(1, (os.cpu_count() or 1) // len(shares)) if cluster.kind == "local" else 0
     options = {"name": f"scarcenet-{folder.name}", "timeout_min": round(60 * cluster.hours), **cluster.options}

@@ -60,9 +60,9 @@ class Ledger:
 
     def epoch(self, asked: int | None = None) -> int:
         """The epoch that was asked for, or the last one; ValueError if it is not recorded."""
-        epoch = self.epochs[-1] if asked is None and self.epochs else asked or 0
         if not self.epochs:
             raise ValueError(f"{self.folder}: no epoch of stage 3 is recorded yet")
+        epoch = self.epochs[-1] if asked is None else asked
         if epoch not in self.epochs:
             recorded = f"epochs {self.epochs[0]} to {self.epochs[-1]} are"
             raise ValueError(f"{self.folder}: epoch {epoch} is not recorded; {recorded}")

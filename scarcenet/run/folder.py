@@ -196,7 +196,8 @@ def epoch_peak(config: Config, run_data: RunData, epoch: Epoch) -> float:
     data, state = run_data.data, epoch.state
     peak = mean_peak(state.student, data.crops, config, schema=data.schema)
     if not math.isfinite(peak):
-        raise NotFinite(epoch.stage, epoch.epoch, state.step // epoch.epoch)
+        last = state.step // epoch.epoch  # `step` counts those of the whole stage
+        raise NotFinite(epoch.stage, epoch.epoch, last)
     return peak
 
 

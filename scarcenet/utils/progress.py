@@ -22,7 +22,7 @@ T = TypeVar("T")
 def make_printable() -> None:
     """Let no text that is printed end the work: neither a closed stdout or stderr, nor a letter that they lack.
 
-    Such a letter is written as its escape (a pipe on Windows has some 200 letters).
+    Such a letter is written as its escape; a pipe on Windows lacks most letters.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
