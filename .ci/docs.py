@@ -4,6 +4,7 @@ Sphinx, MyST-NB and furo, set up in .ci/site, make the pages, and the library it
 `pip install -e ".[docs]"` comes first. Warnings are errors, and so is a link within the site that leads nowhere.
 """
 
+import argparse
 import base64
 import importlib
 import inspect
@@ -343,6 +344,8 @@ def wrong_links(site: Path) -> list[str]:
 
 
 def main(out: Path) -> int:
+    if out.is_dir() and any(out.iterdir()) and not (out / "_static").is_dir():
+        sys.exit(f"{out}: holds something else than a site; choose an empty folder")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -360,4 +363,6 @@ def main(out: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / SETTINGS["doc_path"]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / SETTINGS["doc_path"], help="made anew")
+    sys.exit(main(parser.parse_args().folder))

@@ -81,6 +81,13 @@ def test_chapters_install_the_library_in_colab():
         assert f"git clone -q --depth 1 {docs.SETTINGS['git_url']}\n" in cell.source
 
 
+def test_the_site_replaces_no_folder_of_something_else(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="holds something else than a site"):
+        docs.main(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_every_public_name_is_in_a_group():
     groups = docs.public_groups()
     assert all(groups) and ["__version__", *sum(groups.values(), [])] == sn.__all__
