@@ -1,5 +1,7 @@
 """Eval passes with batch norms inside the convolutions: the same answers, whatever the weights are by then."""
 
+import gc
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 
@@ -8,20 +10,22 @@ import torch
 from torch import Generator, nn
 from torch.nn import functional as F
 
-from scarcenet.config import Config, read_config
+from scarcenet.config import DEMO, Config, read_config
 from scarcenet.data.augment import strong_geometry
 from scarcenet.data.loader import make_batch, seeded
+from scarcenet.experiments.baseline import run_demo
 from scarcenet.experiments.benchmark import set_up
+from scarcenet.experiments.study import run_study
 from scarcenet.models.build import build_network
 from scarcenet.relabel import Decision
 from scarcenet.run import settings
-from scarcenet.run.folder import open_run
+from scarcenet.run.folder import open_run, write_config
 from scarcenet.run.load import load_run_data
 from scarcenet.run.train_run import train_in_folder, train_run
 from scarcenet.step import scarcenet_step
 from scarcenet.train import learn_scarcenet, make_engine
 from scarcenet.utils.device import AmpModel, number_formats, prepare_model
-from scarcenet.utils.fold import fold
+from scarcenet.utils.fold import fold, folded_twin
 
 CPU = torch.device("cpu")
 NETWORKS = ("timm:tf_efficientnet_lite0", "timm:resnet18", "hrnet_tiny", "hrnet_w32", "mbhrnet_w32")
@@ -88,9 +92,21 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, self.weight / self.weight.norm(), self.bias)
 
 
+class Gated(nn.Module):
+    """As `Twice`, with a gate that begins at zero, so that nothing shows at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.gate = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        made = self.conv(x)
+        return self.norm(made) + self.gate * made
+
+
 def test_what_cannot_be_folded_stays():
     """Also while batch norms are as they begin, and do nothing."""
-    for model in (Twice(), nn.Sequential(Standardised(3, 4, 3), nn.BatchNorm2d(4)), nn.Conv2d(3, 4, 3)):
+    for model in (Twice(), Gated(), nn.Sequential(Standardised(3, 4, 3), nn.BatchNorm2d(4)), nn.Conv2d(3, 4, 3)):
         images = views(2, 16)
         assert fold(model, images) is None
         with torch.no_grad():
@@ -109,12 +125,34 @@ def test_a_prepared_model_folds_where_nothing_is_learnt():
     shaken(model, seed=1)
     with torch.no_grad():
         changed = model(images)
-        assert gap(follows(images), changed) < 1e-5 and gap(fixed(images), expected) < 1e-5
+        assert gap(fixed(images), expected) < 1e-5 and gap(follows(images), changed) < 1e-5
+        assert fixed.folded is follows.folded is folded_twin(model, images)  # one twin, and one trial
         mean = model.backbone.bn1.running_mean.clone()
         follows.train()(images)
         assert not torch.equal(mean, model.backbone.bn1.running_mean)  # in train mode it is the network itself
     assert follows.state_dict().keys() == {f"model.{name}" for name in model.state_dict()}
     assert prepare_model(follows) is follows
+
+
+def test_one_trial_for_one_model(monkeypatch):
+    """Another device or number format is another trial, and so is another model; a twin goes with its model."""
+    tried = []
+    monkeypatch.setattr("scarcenet.utils.fold.fold", lambda *given: tried.append(1) or fold(*given))
+    model, images = shaken(build_network(Config(network="hrnet_tiny"), 5)), views(2, 32)
+    for _ in range(3):
+        with torch.inference_mode():
+            expected = model(images)
+            assert gap(prepare_model(model, fixed=True).eval()(images), expected) < 1e-5
+        shaken(model, seed=1)
+    assert len(tried) == 1
+    assert folded_twin(model.double(), images.double()) and len(tried) == 2
+    assert folded_twin(deepcopy(model), images.double()) and len(tried) == 3
+    plain = nn.Conv2d(3, 4, 3)
+    assert not folded_twin(plain, images) and not folded_twin(plain, images) and len(tried) == 4
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.slow
@@ -195,8 +233,27 @@ def test_auto_is_chosen_once(zoo, tmp_path, monkeypatch, capsys):
     assert settings.fastest_precision(run.config, 17) == "bf16"
     times["bf16"] = {True: 0.5, False: 0.95}
     assert settings.fastest_precision(run.config, 17) == "float32"
+    # what has begun without a choice, in float32, goes on in it
+    write_config(tmp_path / "a", replace(run.config, precision="auto"))
+    again = train_run("demo", data=zoo, out=tmp_path / "a", resume=True, progress=False, **quick)
+    assert again.config.precision == read_config(tmp_path / "a").precision == "float32"
     monkeypatch.setattr(settings, "has_bf16", lambda device: False)
-    assert train_run("demo", data=zoo, out=tmp_path / "b", progress=False, **quick).config.precision == "auto"
+    assert train_run("demo", data=zoo, out=tmp_path / "b", progress=False, **quick).config.precision == "float32"
+
+
+def test_auto_is_chosen_once_for_a_grid_and_the_demo(zoo, tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(settings, "has_bf16", lambda device: True)
+    monkeypatch.setattr(settings, "fastest_precision", lambda *_: chosen.append(1) or "bf16-eval")
+    small = dict(network="hrnet_tiny", backbone="", size=32, labels=1, supervised_repeat=1, labelled_repeat=1, views=1)
+    config = replace(DEMO, data=str(zoo), device="cpu", supervised_epochs=1, epochs=1, **small)
+    grid = dict(counts=(1,), methods=("supervised",))
+    for seed in (0, 1):  # two commands that add to one folder
+        assert len(list(run_study(config, tmp_path / "grid", seeds=(seed,), **grid))) == 1
+    assert len(chosen) == 1 and read_config(tmp_path / "grid").precision == "bf16-eval"
+    run_demo(config, tmp_path / "demo")  # whose baseline has a process of its own, where nothing is patched
+    assert len(chosen) == 2
+    assert {read_config(tmp_path / "demo" / home).precision for home in (".", "baseline")} == {"bf16-eval"}
 
 
 def test_threads_of_the_next_epoch(zoo, tmp_path):

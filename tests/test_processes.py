@@ -8,6 +8,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,10 @@ import torch
 import warm
 from warm import Warm, command
 
+from scarcenet.config import PRESETS, read_config
 from scarcenet.ledger.ledger import open_ledger
 from scarcenet.relabel import Decision
+from scarcenet.run.folder import write_config
 from scarcenet.utils.files import read_json
 
 # despite the flag --multi_gpu the processes are connected by gloo, on CPUs
@@ -37,13 +41,18 @@ def run(words):
     return done
 
 
-def start_together(words):
-    """`scarcenet` in two processes at once, which find each other as a launcher's do."""
+def two_processes():
+    """The environments of two processes which find each other as a launcher's do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    both = [Warm(command, words, env=env | sizes | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    return [env | sizes | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+
+
+def start_together(words):
+    """`scarcenet` in two processes at once."""
+    both = [Warm(command, words, env=env) for env in two_processes()]
     return [subprocess.CompletedProcess(words, p.wait(400), *p.communicate()) for p in both]
 
 
@@ -141,6 +150,22 @@ def test_command_line(zoo, tmp_path):
     assert measured == pytest.approx(expected, abs=1e-3)
     together(["pseudo", folder, "--out", tmp_path / "pseudo.json"])
     assert len(read_json(tmp_path / "pseudo.json")["annotations"]) == len(ledger.instances)
+
+
+def settle(home):
+    """Choose the number format of a run; the second process comes when the first has written it."""
+    from scarcenet.run import settings
+
+    settings.has_bf16, settings.fastest_precision = lambda device: True, lambda *_: "bf16-eval"
+    time.sleep(3 * int(os.environ["RANK"]))
+    assert settings.settle_precision(read_config(home), home).precision == "bf16-eval"
+
+
+def test_a_process_that_comes_late_finds_the_number_format(tmp_path):
+    write_config(tmp_path, replace(PRESETS["demo"], device="cpu"))
+    both = [Warm(settle, tmp_path, env=env) for env in two_processes()]
+    assert [process.wait(100) for process in both] == [0, 0]
+    assert read_config(tmp_path).precision == "bf16-eval"
 
 
 def test_a_batch_that_cannot_be_shared(zoo, tmp_path):

@@ -296,6 +296,22 @@ def test_preset_is_for_photographs():
     assert preset.supervised_epochs and preset.epochs
 
 
+def test_a_training_that_fails_leaves_the_others(config, tmp_path):
+    for seed in (0, 1):
+        (tmp_path / f"stage1-{seed}.safetensors").write_text("not weights")
+    methods, found = ("scarcenet", "supervised"), []
+    with (
+        pytest.warns(UserWarning, match="^1 labels, seed 0, scarcenet: .*; the other trainings go on$"),
+        pytest.raises(
+            ValueError, match=r"^1 labels, seed 0, scarcenet: .*stage1-0.safetensors.* \(1 more failed, too\)$"
+        ),
+    ):
+        for row in run_study(config, tmp_path, counts=(1,), seeds=(0, 1), methods=methods):
+            found.append((row["seed"], row["method"]))
+    assert found == [(0, "supervised"), (1, "supervised")]
+    assert {cell.method for cell in read_grid(tmp_path / "study.csv")} == {"supervised"}
+
+
 # ---- jobs
 
 
@@ -309,7 +325,9 @@ def test_jobs_of_this_machine_train_a_grid(config, tmp_path, whole, capsys, monk
     # a job that fails is named with the reason and its log
     log = next((tmp_path / "jobs").glob("*.err"))
     (tmp_path / "stage1-0-official.safetensors").write_text("not weights")
-    with pytest.raises(ValueError, match=r"^job \d+ failed: .*stage1-0-official.safetensors.*; its log: .*\.err$"):
+    with pytest.raises(
+        ValueError, match=r"^1 of 1 jobs failed: job \d+: .*stage1-0-official.safetensors.*; its log: .*\.err$"
+    ):
         list(run_study(config, tmp_path, **grid | dict(methods=METHODS[:3]), cluster=Cluster("local")))
     assert log.exists() and len(read_grid(tmp_path / "study.csv")) == 2
 

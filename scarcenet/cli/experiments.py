@@ -153,8 +153,10 @@ def suggest_study(
     from scarcenet.evaluate import format_table
     from scarcenet.experiments.suggest import arm_table, run_arms
     from scarcenet.run.folder import read_rows, run_folder
+    from scarcenet.run.settings import settle_precision
 
     with resumable(out), run_folder(out, config, resume):
+        config = settle_precision(config, out)
         for row in run_arms(config, out, seeds=seeds, count=count, progress=show_progress()):
             print(f"{row['arm']}, seed {row['seed']}: AP {row['AP']:.3f}, {row['seconds']:.0f} s", flush=True)
     rows = read_rows(out / "rows.csv")
@@ -169,6 +171,7 @@ def bench(
     views: int = PRESETS["demo"].views,
     precision: Literal["auto", "float32", "bf16", "bf16-eval", "fp16"] = "auto",
     compile: Literal["", "default", "reduce-overhead", "max-autotune"] = "",
+    channels_last: Switch = False,
     device: str = "auto",
     seconds: float = 90,
     video: Path | None = None,
@@ -185,8 +188,10 @@ def bench(
         size: side of a view, px
         batch: instances per step
         views: views per pseudo-label; each is used a second time, flipped
-        precision: float32, bf16, fp16, or bf16-eval: bf16 only for inference; auto: bf16 on a GPU that has it
+        precision: float32, bf16, fp16, or bf16-eval: bf16 only for inference; auto: bf16 on a GPU that has it, else
+            float32
         compile: mode of torch.compile: default, reduce-overhead or max-autotune; default: not compiled
+        channels_last: measure with the channels last in memory, which training does not use
         device: cpu, cuda, cuda:1 or mps; auto: cuda if there is one, else cpu
         seconds: time to measure for, about, s; making images and the warm-up come on top
         video: measure prediction on this video instead: decoding, network, drawing, encoding, and all together
@@ -218,7 +223,7 @@ def bench(
         if out:
             write_json(out, found)
         return
-    found = benchmark(config, seconds)
+    found = benchmark(config, seconds, channels_last)
     efficiency = found["efficiency"]
     rows = {
         name: {

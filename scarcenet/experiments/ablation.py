@@ -11,6 +11,7 @@ __all__ = ['METHODS', 'DIFFERENCES', 'USED_DECISIONS', 'LABEL_COLUMNS', 'STAGE_3
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from ..predict.predictor import evaluate_network
 from ..pseudo_labels import join_labels
 from ..run.folder import check_numbers, naming_images, open_run, read_rows, watch_epochs, write_rows
 from ..run.load import RunData, load_run_data, warn_of_set
+from ..run.settings import settle_precision
 from ..run.train_run import decision_quality
 from ..train import SCARCENET, Epoch, begin_scarcenet, fit
 from ..utils.device import describe, pick_device
@@ -191,26 +193,9 @@ def add_row(file: Path, row: dict) -> None:
 # %% ../../nbs/experiments/ablation.ipynb #stages
 # the fields that stages 1 and 2 do not read
 STAGE_3_FIELDS = (
-    "drop",
-    "epochs",
-    "batch",
-    "labelled_repeat",
-    "lr",
-    "milestones",
-    "keep_epochs",
-    "keep_floor",
-    "agree_px",
-    "agree_bias",
-    "mix_left_right",
-    "truth_weight",
-    "consistency",
-    "rampup_epochs",
-    "consistency_confident",
-    "consistency_soft",
-    "ema",
-    "bn_train_mode",
-    "evaluate_every",
-    "ledger",
+    *("drop", "epochs", "batch", "labelled_repeat", "lr", "milestones", "keep_epochs", "keep_floor"),
+    *("agree_px", "agree_bias", "mix_left_right", "truth_weight", "consistency", "rampup_epochs"),
+    *("consistency_confident", "consistency_soft", "ema", "bn_train_mode", "evaluate_every", "ledger"),
 )
 
 
@@ -256,8 +241,9 @@ def train_grid(
 ) -> Iterator[dict]:
     """Train every cell that has no row in `file` yet; yields its new row (`row_columns`).
 
-    Checkpoints of stages 1 and 2 stay in `folder`. ValueError if the file holds rows of another kind, if the folder is
-    of another configuration, or if `config` has no stage 3.
+    Checkpoints of stages 1 and 2 stay in `folder`. A training that fails does not keep the others from being tried.
+    ValueError at the end for the failed ones; at the start if the file holds rows of another kind, if the folder is of
+    another configuration, or if `config` has no stage 3.
     """
     require_single_process("a grid of trainings")
     if not config.epochs:
@@ -267,6 +253,9 @@ def train_grid(
         open_run(folder, config, resume=True)
     else:
         write_json(folder / "config.json", asdict(config))
+    with locked(folder / ".precision.lock", wait=True):  # several processes may add rows
+        config = settle_precision(config, folder)
+    failed: list[str] = []
     loaded: Config | None = None  # the configuration of `run_data`
     run_data: RunData | None = None
     for cell in cells:
@@ -287,9 +276,18 @@ def train_grid(
         file.touch()  # from now on, `open_run` gives the folder to no other run
         base = scale_repeats(base, config, run_data.train)
         settings = replace(base, **methods[cell.method])
-        row = _train_cell(cell, config, run_data, base=base, settings=settings, folder=folder, progress=progress)
+        try:
+            row = _train_cell(cell, config, run_data, base=base, settings=settings, folder=folder, progress=progress)
+        except ValueError as e:
+            failed.append(str(e))
+            if cell != cells[-1]:
+                warnings.warn(f"{e}; the other trainings go on", stacklevel=2)
+            continue
         add_row(file, {name: row[name] for name in columns})
         yield row
+    if failed:
+        others = f" ({len(failed) - 1} more failed, too)" if len(failed) > 1 else ""
+        raise ValueError(failed[0] + others)
 
 
 def _train_cell(

@@ -20,6 +20,7 @@ from ..predict.predictor import Predictor
 from ..run.figures import compare_grid, keypoint_bars, one_per_category, save_figure
 from ..run.folder import run_folder
 from ..run.load import RunData, load_run_data
+from ..run.settings import settle_precision
 from ..run.train_run import train_in_folder, write_summary
 from ..utils.distributed import require_single_process
 from ..utils.subprocess import background_process
@@ -81,6 +82,7 @@ def _run_both(config: Config, folder: Path, resume: bool, progress: bool) -> dic
     threads = torch.get_num_threads()
     half = max(1, threads // 2)
     run_data = load_run_data(config, folder, progress)
+    config = settle_precision(config, folder, len(run_data.train.schema))  # one format for both
     longer = matched_supervised(config, int(run_data.data.labels.labelled.sum()), len(run_data.train))
     work = (longer, folder / "baseline", folder, resume)
     with background_process(half, train_files, *work) as wait_for_baseline:

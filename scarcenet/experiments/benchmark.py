@@ -39,6 +39,7 @@ from ..schema import AP10K
 from ..train import SCARCENET, learn_scarcenet, learn_supervised, make_engine
 from scarcenet.utils.device import (
     describe,
+    failed_compilations,
     number_formats,
     peak_memory_mb,
     peak_rss_mb,
@@ -94,10 +95,10 @@ class Bench:
     zoo_per_second: float  # images drawn
 
 
-def set_up(config: Config, folder: Path, instances: int) -> Bench:
+def set_up(config: Config, folder: Path, instances: int, channels_last: bool = False) -> Bench:
     """A run on `instances` animals of the zoo, drawn in `folder`; every other one is labelled.
 
-    Its pseudo-labels are noise around the truth.
+    Its pseudo-labels are noise around the truth. `channels_last`: the order of weights and maps in memory.
     """
     tune_malloc()
     began = time.perf_counter()
@@ -116,6 +117,9 @@ def set_up(config: Config, folder: Path, instances: int) -> Bench:
     data = TrainingSet(poses.schema, crops, Labels._make(t.to(device) for t in labels))
     state = start(config, data)
     state.stage = SCARCENET.name
+    if channels_last:
+        for model in (state.student, state.teacher):
+            model.to(memory_format=torch.channels_last)
     return Bench(config, data, state, truth=poses, zoo_per_second=zoo_per_second)
 
 # %% ../../nbs/experiments/benchmark.ipynb #works
@@ -223,15 +227,17 @@ def loops(benchmark: Bench) -> dict[str, tuple[Callable[[], object], Callable[[]
     }
 
 # %% ../../nbs/experiments/benchmark.ipynb #bench
-def benchmark(config: Config, seconds: float = 90) -> dict:
+def benchmark(config: Config, seconds: float = 90, channels_last: bool = False) -> dict:
     """Measure the speed of training with `config` on its device, in about `seconds`; a dict that JSON can hold.
 
     "rows": seconds of a call and images per second; "efficiency": the network's share of a step and of a pass;
-    "loops": how many times as long a loop takes; "peak_memory_mb".
+    "loops": how many times as long a loop takes; "peak_memory_mb". `channels_last`: the order of weights and maps in
+    memory. ValueError if the network cannot be compiled: training would run it as it is.
     """
     require_single_process("a benchmark")
+    failed_before = failed_compilations()
     with TemporaryDirectory() as folder:
-        subject = set_up(config, Path(folder) / "zoo", instances=2 * config.batch)
+        subject = set_up(config, Path(folder) / "zoo", 2 * config.batch, channels_last)
         device = subject.data.crops.device
         step = in_turns(works(subject), device, 0.6 * seconds)
         whole = in_turns(passes(subject), device, 0.3 * seconds, least=2)
@@ -239,6 +245,8 @@ def benchmark(config: Config, seconds: float = 90) -> dict:
             name: in_turns({"batch": at_once, "loop": one_by_one}, device, seconds / 30, least=3)
             for name, (at_once, one_by_one) in loops(subject).items()
         }
+    if failed_compilations() > failed_before:
+        raise ValueError(f"compile {config.compile}: PyTorch could not compile the network; choose another --compile")
     times = {name: median(t) for name, t in (step | whole).items()}
     images = dict.fromkeys(step, config.batch) | dict.fromkeys(whole, len(subject.data.crops))
     images["two forwards"] = 2 * config.batch
@@ -251,6 +259,7 @@ def benchmark(config: Config, seconds: float = 90) -> dict:
         "views": 2 * config.views,
         "format": " and ".join(dict.fromkeys(str(f).removeprefix("torch.") for f in formats)),
         "compile": config.compile,
+        "channels last": channels_last,
         "device": describe(device),
         "rows": {name: {"seconds": t, "images/s": images[name] / t} for name, t in times.items()},
         "zoo images/s": subject.zoo_per_second,

@@ -107,7 +107,7 @@ def train_in_jobs(
 ) -> Iterator[dict]:
     """`train_grid` by jobs: yields the new rows of `file`, looking for some `every` so many seconds.
 
-    ValueError with the log's name, at the end, if a job has failed; rows of the others are there.
+    ValueError at the end with the logs of the jobs that have failed; rows of the others are there.
     """
     known = set(read_grid(file))
     if not (todo := [cell for cell in cells if cell not in known]):
@@ -128,9 +128,10 @@ def train_in_jobs(
         if cluster.kind == "local":  # those of Slurm go on
             for job in jobs:
                 job.cancel()
-    for job in jobs:
-        if error := job.exception():
-            raise ValueError(f"job {job.job_id} failed: {last_line(str(error))}; its log: {job.paths.stderr}")
+    failed = [(job, error) for job in jobs if (error := job.exception())]
+    if failed:
+        reasons = (f"job {job.job_id}: {last_line(str(error))}; its log: {job.paths.stderr}" for job, error in failed)
+        raise ValueError(f"{len(failed)} of {len(jobs)} jobs failed: {'; '.join(reasons)}")
 
 
 def last_line(error: str) -> str:

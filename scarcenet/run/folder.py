@@ -31,7 +31,7 @@ from ..predict.network import mean_peak
 from ..pseudo_labels import confidence_cut
 from .load import RunData
 from ..train import Epoch, NotFinite
-from ..utils.distributed import barrier, is_main_process, main_process_first
+from ..utils.distributed import is_main_process, main_process_first
 from ..utils.files import atomic, remove_stale, write_json
 from ..utils.lock import locked
 
@@ -94,10 +94,9 @@ def _open(folder: Path, config: Config, resume: bool) -> Path:
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Write a run's config.json, which all processes may read when this returns."""
+    """Write a run's config.json; of several processes, one does."""
     if is_main_process():
         write_json(folder / "config.json", _settings(config))
-    barrier()
 
 # %% ../../nbs/run/folder.ipynb #rows
 def write_rows(file: Path, rows: list[dict]) -> None:

@@ -26,7 +26,7 @@ from ..data.splits import read_splits
 from ..models.build import build_network
 from .folder import write_config
 from ..utils.device import has_bf16, pick_device, prepare_model
-from ..utils.distributed import is_main_process
+from ..utils.distributed import is_main_process, main_process_first
 
 # %% ../../nbs/run/settings.ipynb #choose
 # gradient steps that stage 1 and stage 3 should have at least: minutes on two CPU cores
@@ -130,19 +130,21 @@ def fastest_precision(config: Config, keypoints: int) -> str:
     return chosen
 
 
-def settle_precision(config: Config, home: Path, keypoints: int) -> Config:
-    """`config` with the number format of the run in `home`.
+def settle_precision(config: Config, home: Path, keypoints: int = 17) -> Config:
+    """`config` with the number format of the run (or grid of runs) in `home`, whose config.json names it.
 
-    If that is "auto" still, and the device is a CPU with bf16, it is chosen now and written into the run's config.json.
+    On a CPU "auto" is chosen once, when the run begins: float32 if the CPU has no bf16, or if the folder holds
+    checkpoints or rows already, which were computed in it. On a GPU it stays "auto" (`number_formats`).
     """
-    if config.precision != "auto":
+    device = pick_device(config.device)
+    if config.precision != "auto" or device.type != "cpu":
         return config
-    device, file = pick_device(config.device), home / "config.json"
-    kept = read_config(file).precision if file.is_file() else "auto"
-    if kept == "auto" and device.type == "cpu" and has_bf16(device):
-        chosen: Any = fastest_precision(config, keypoints) if is_main_process() else "auto"
-        write_config(home, replace(config, precision=chosen))
-        kept = read_config(file).precision
+    with main_process_first():  # the others find what the first has written
+        kept: Any = read_config(home).precision
+        if kept == "auto":
+            begun = any(file.stat().st_size for file in (*home.glob("*.safetensors"), *home.glob("*.csv")))
+            kept = fastest_precision(config, keypoints) if has_bf16(device) and not begun else "float32"
+            write_config(home, replace(config, precision=kept))
     return replace(config, precision=kept)
 
 # %% ../../nbs/run/settings.ipynb #fit

@@ -9,6 +9,7 @@ from scarcenet.data.augment import jitter
 from scarcenet.data.loader import CropCache
 from scarcenet.pseudo_labels import flip_views, predict_multiview, with_flips
 from scarcenet.schema import AP10K
+from scarcenet.utils.device import prepare_model
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +20,17 @@ def crops(pseudo):
     return CropCache(crops, affine, affine, crops.shape[1])
 
 
-def predict(network, crops, make_views):
-    return predict_multiview(network(), crops, make_views, schema=AP10K, batch=10**6, shift_px=OFFICIAL.flip_shift_px)
+@pytest.fixture(params=[False, True], ids=["as it is", "folded"])
+def predict(request, network):
+    """`predict_multiview` of the official code's network, with its batch norms as they are, or folded."""
+
+    def call(crops, make_views):
+        model = prepare_model(network(), "float32", fixed=True) if request.param else network()
+        found = predict_multiview(model, crops, make_views, schema=AP10K, batch=10**6, shift_px=OFFICIAL.flip_shift_px)
+        assert not request.param or model.folded
+        return found
+
+    return call
 
 
 def heatmap_px(distance, pseudo, crops):
@@ -28,9 +38,9 @@ def heatmap_px(distance, pseudo, crops):
     return distance * (crops.size / 4 / (pseudo["scale"][:, 0] * 200))[:, None]
 
 
-def test_one_view(network, crops, pseudo):
+def test_one_view(predict, crops, pseudo):
     expected = pseudo["keypoints_1view"]
-    found = predict(network, crops, lambda crop: flip_views(crop, crops.size))
+    found = predict(crops, lambda crop: flip_views(crop, crops.size))
     torch.testing.assert_close(found.xy, expected[..., :2], atol=1e-3, rtol=0)
     torch.testing.assert_close(found.score, expected[..., 2], atol=1e-3, rtol=0)
 
@@ -47,9 +57,9 @@ def stored_views(pseudo, crops):
     return make
 
 
-def test_five_views(network, crops, pseudo):
+def test_five_views(predict, crops, pseudo):
     expected = pseudo["keypoints_5views"]
-    found = predict(network, crops, stored_views(pseudo, crops))
+    found = predict(crops, stored_views(pseudo, crops))
     off = heatmap_px((found.xy - expected[..., :2]).norm(dim=-1), pseudo, crops)
     # 1.01: a step of one pixel is 1.0000001 px long after its way through the image and back
     assert (off <= 1.01).float().mean() >= 0.92
