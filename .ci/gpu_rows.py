@@ -1,8 +1,8 @@
 """What to measure when a GPU is at hand for minutes: `python .ci/gpu_rows.py OUT [--rows 1 2 3] [--data ANIMALS]`.
 
 1 tests/test_gpu.py, as written.
-2 `scarcenet bench` of the paper's network, over batches and modes of torch.compile, and what the paper's 5-label
-  training on AP-10K would take at these rates.
+2 `scarcenet bench` of the paper's network, over batches, modes of torch.compile and the order in memory, the most
+  wanted first, and what the paper's 5-label training on AP-10K would take at these rates.
 3 the paper's network from scratch on photographs: ScarceNet, and the supervised baseline with as many steps, with 25
   and with 5 labels a species, side by side.
 
@@ -17,17 +17,21 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from scarcenet.config import PRESETS, Config, read_config
 from scarcenet.evaluate import format_table
+from scarcenet.experiments.ablation import scale_repeats
 from scarcenet.experiments.baseline import matched_supervised, train_files
+from scarcenet.run.folder import read_metrics
 from scarcenet.run.load import load_run_data
 from scarcenet.utils.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-MODES = ("", "reduce-overhead", "default")  # of torch.compile, the most wanted first
+GRAPHS = "reduce-overhead"  # the mode of torch.compile that makes CUDA graphs
 PAPER = {"supervised step": 210 * 250, "pseudo-labels": 9122, "ScarceNet step": 150 * 9122}  # images of its training
 
 
@@ -47,33 +51,37 @@ def run(words: list, log: Path, limit: float) -> bool:
 def row_1(out: Path, limit: float) -> None:
     """The tests that need a GPU."""
     passed = run([sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py"], out / "tests.log", limit)
-    print(f"row 1: {'ended well' if passed else 'FAILED'}: {(out / 'tests.log').read_text().strip().splitlines()[-1]}")
+    last = ["no output", *(out / "tests.log").read_text().strip().splitlines()][-1]
+    print(f"row 1: {'ended well' if passed else 'FAILED'}: {last}")
 
 
 def row_2(out: Path, limit: float, small: bool) -> None:
-    """Rates for each batch and mode of torch.compile; `limit` seconds are shared among them."""
-    network, size, batches = ("hrnet_tiny", 32, (4, 8)) if small else ("mbhrnet_w32", 256, (32, 64, 128))
-    settings = [(batch, mode) for mode in MODES for batch in batches]
+    """Rates for each batch, mode of torch.compile and order in memory, as many as fit into `limit` seconds."""
+    network, size, batches = ("hrnet_tiny", 32, (4, 8)) if small else ("mbhrnet_w32", 256, (32, 128, 64))
+    settings = [(batch, mode, False) for batch in batches for mode in ("", GRAPHS)]
+    settings += [(batches[0], mode, True) for mode in ("", GRAPHS)] + [(batches[0], "default", False)]
     rows, end = {}, time.monotonic() + limit
-    for batch, mode in settings:
-        name = f"bench-{network}-{batch}-{mode or 'eager'}"
+    for batch, mode, last in settings:
+        title = f"batch {batch}, {mode or 'eager'}{', channels last' if last else ''}"
+        name = f"bench-{network}-{title.replace(', ', '-').replace(' ', '-')}"
         file, began = out / f"{name}.json", time.monotonic()
         words = f"bench --network {network} --size {size} --batch {batch} --views 5 --seconds {limit / 20:.0f}".split()
-        words += ["--compile", mode] if mode else []
+        words += (["--compile", mode] if mode else []) + (["--channels-last"] if last else [])
         if not file.exists():
             command = [sys.executable, "-m", "scarcenet", *words, "--json", file]
-            run(command, out / f"{name}.log", max(0.1, end - began))
+            if run(command, out / f"{name}.log", max(0.1, end - began)):
+                write_json(file, read_json(file) | {"seconds in all": time.monotonic() - began})
         if not file.exists():
             print(f"row 2: {name}: {'failed, see its .log' if time.monotonic() < end else 'no time is left'}")
             continue
         found = read_json(file)
         rate = {part: row["images/s"] for part, row in found["rows"].items()}
-        rows[f"batch {batch}, {mode or 'eager'}"] = {
+        rows[title] = {
             "steps' images/s": f"{rate['ScarceNet step']:.0f}",
             "network's share": f"{found['efficiency']['ScarceNet step']:.2f}",
             "MiB": found["peak_memory_mb"],
             "AP-10K, h": f"{sum(images / rate[part] for part, images in PAPER.items()) / 3600:.2f}",
-            "s in all": f"{time.monotonic() - began:.0f}",  # compiling included
+            "s in all": f"{found['seconds in all']:.0f}",  # compiling included
         }
     print(
         format_table(rows, ("steps' images/s", "network's share", "MiB", "AP-10K, h", "s in all"), f"row 2: {network}")
@@ -91,37 +99,52 @@ def settings(data: str, labels: int, small: bool) -> Config:
 
 def row_3(out: Path, limit: float, data: str, small: bool) -> None:
     """Four trainings at once, ended after `limit` seconds; each goes on next time after its last whole epoch."""
-    if mps := shutil.which("nvidia-cuda-mps-control"):  # so that processes share the GPU without taking turns
-        subprocess.run([mps, "-d"], stderr=subprocess.DEVNULL)
-    works = {}
+    end = time.monotonic() + limit
+    works, many = {}, None
     for labels in (25, 5) if not small else (2, 1):
         config = settings(data, labels, small)
         loaded = load_run_data(config, out)
+        many = many or config
+        config = scale_repeats(config, many, loaded.train)  # stages as long as with the most labels
         longer = matched_supervised(config, int(loaded.data.labels.labelled.sum()), len(loaded.train))
         works |= {f"scarcenet-{labels}": config, f"supervised-{labels}": longer}
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(works)))
-    processes = {}
-    for name, config in works.items():
-        if not (out / name / "summary.json").exists():
-            (out / name).mkdir(parents=True, exist_ok=True)
-            write_json(out / f"{name}.json", asdict(config))
-            words = [sys.executable, __file__, out, "--one", name]
-            processes[name] = subprocess.Popen(list(map(str, words)), stderr=open(out / f"{name}.log", "w"))
-    end = time.monotonic() + limit
-    for process in processes.values():
-        try:
-            process.wait(max(0.1, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.terminate()  # the epoch's state is written
-            process.wait()
+    with shared_gpu():
+        processes = {}
+        for name, config in works.items():
+            if not (out / name / "summary.json").exists():
+                (out / name).mkdir(parents=True, exist_ok=True)
+                write_json(out / f"{name}.json", asdict(config))
+                words = [sys.executable, __file__, out, "--one", name]
+                processes[name] = subprocess.Popen(list(map(str, words)), stderr=open(out / f"{name}.log", "w"))
+        for process in processes.values():
+            try:
+                process.wait(max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.terminate()  # the epoch's state is written
+                process.wait()
     for name in works:
-        file = out / name / "summary.json"
+        file, metrics = out / name / "summary.json", out / name / "metrics.csv"
         if not file.exists():
-            print(f"row 3: {name} is not done: the same command goes on with it")
+            at = (read_metrics(metrics) if metrics.exists() else [{}])[-1]
+            place = f"stage {at['stage']}, epoch {at['epoch']} of {at['epochs']}" if at else "before the first epoch"
+            print(f"row 3: {name} is not done ({place}): the same command goes on with it")
             continue
         networks = read_json(file)["networks"]
         reached = {network: f"{splits['test']['overall']['AP']:.3f}" for network, splits in networks.items()}
         print(f"row 3: {name}: AP on test {reached}")
+
+
+@contextmanager
+def shared_gpu() -> Iterator[None]:
+    """NVIDIA's MPS during the block, if it is there: processes share the GPU without taking turns."""
+    if mps := shutil.which("nvidia-cuda-mps-control"):
+        subprocess.run([mps, "-d"], stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        if mps:
+            subprocess.run([mps], input="quit\n", text=True, stderr=subprocess.DEVNULL)
 
 
 def train_one(out: Path, name: str) -> None:
