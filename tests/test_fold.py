@@ -241,6 +241,15 @@ def test_auto_is_chosen_once(zoo, tmp_path, monkeypatch, capsys):
     assert train_run("demo", data=zoo, out=tmp_path / "b", progress=False, **quick).config.precision == "float32"
 
 
+def test_a_run_that_failed_after_the_choice_keeps_its_set(tmp_path):
+    write_config(tmp_path, replace(DEMO, precision="bf16-eval"))
+    (tmp_path / "data").mkdir()
+    open_run(tmp_path, DEMO)
+    assert (tmp_path / "data").exists() and read_config(tmp_path).precision == "auto"
+    open_run(tmp_path, replace(DEMO, data="other"))
+    assert not (tmp_path / "data").exists()
+
+
 def test_auto_is_chosen_once_for_a_grid_and_the_demo(zoo, tmp_path, monkeypatch):
     chosen = []
     monkeypatch.setattr(settings, "has_bf16", lambda device: True)

@@ -86,7 +86,8 @@ def _open(folder: Path, config: Config, resume: bool) -> Path:
         if content - {"config.json", "zoo", "data", "boxes.json"}:
             raise ValueError(f"{folder}: already exists; go on with --resume, or choose another --out")
         if "config.json" in content:
-            if _settings(read_config(folder)) != asked:  # ValueError if it is no run's
+            found = _settings(read_config(folder))  # ValueError if it is no run's
+            if found | {"precision": asked["precision"]} != asked:
                 shutil.rmtree(folder / "data", ignore_errors=True)  # made for other settings
                 (folder / "boxes.json").unlink(missing_ok=True)
     write_json(folder / "config.json", asked)
