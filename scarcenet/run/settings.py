@@ -140,7 +140,7 @@ def settle_precision(config: Config, home: Path, keypoints: int = 17) -> Config:
     if config.precision != "auto" or device.type != "cpu":
         return config
     with main_process_first():  # the others find what the first has written
-        kept: Any = read_config(home).precision
+        kept: Any = read_config(home).precision if (home / "config.json").is_file() else "auto"
         if kept == "auto":
             begun = any(file.stat().st_size for file in (*home.glob("*.safetensors"), *home.glob("*.csv")))
             kept = fastest_precision(config, keypoints) if has_bf16(device) and not begun else "float32"
