@@ -82,20 +82,20 @@ def _run_both(config: Config, folder: Path, resume: bool, progress: bool) -> dic
     threads = torch.get_num_threads()
     half = max(1, threads // 2)
     run_data = load_run_data(config, folder, progress)
-    config = settle_precision(config, folder, len(run_data.train.schema))  # one format for both
-    longer = matched_supervised(config, int(run_data.data.labels.labelled.sum()), len(run_data.train))
-    work = (longer, folder / "baseline", folder, resume)
-    with background_process(half, train_files, *work) as wait_for_baseline:
 
-        def free_threads() -> int:
-            return threads if wait_for_baseline.is_done() else half
+    def free_threads() -> int:
+        return threads if wait_for_baseline.is_done() else half
 
-        torch.set_num_threads(half)
-        try:
+    torch.set_num_threads(half)
+    try:
+        config = settle_precision(config, folder, len(run_data.train.schema))  # one format for both
+        longer = matched_supervised(config, int(run_data.data.labels.labelled.sum()), len(run_data.train))
+        work = (longer, folder / "baseline", folder, resume)
+        with background_process(half, train_files, *work) as wait_for_baseline:
             summary = train_in_folder(config, folder, run_data, resume=resume, progress=progress, threads=free_threads)
-        finally:
-            torch.set_num_threads(threads)
-        baseline = wait_for_baseline()
+            baseline = wait_for_baseline()
+    finally:
+        torch.set_num_threads(threads)
     trained = summary["networks"]
     networks = {
         "stage 1": trained["supervised"],
