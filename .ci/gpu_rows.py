@@ -61,15 +61,16 @@ def row_2(out: Path, limit: float, small: bool) -> None:
     settings = [(batch, mode, False) for batch in batches for mode in ("", GRAPHS)]
     settings += [(batches[0], mode, True) for mode in ("", GRAPHS)] + [(batches[0], "default", False)]
     rows, end = {}, time.monotonic() + limit
-    for batch, mode, last in settings:
-        title = f"batch {batch}, {mode or 'eager'}{', channels last' if last else ''}"
+    for batch, mode, channels_last in settings:
+        title = f"batch {batch}, {mode or 'eager'}{', channels last' if channels_last else ''}"
         name = f"bench-{network}-{title.replace(', ', '-').replace(' ', '-')}"
         file, began = out / f"{name}.json", time.monotonic()
         words = f"bench --network {network} --size {size} --batch {batch} --views 5 --seconds {limit / 20:.0f}".split()
-        words += (["--compile", mode] if mode else []) + (["--channels-last"] if last else [])
+        words += (["--compile", mode] if mode else []) + (["--channels-last"] if channels_last else [])
         if not file.exists():
             command = [sys.executable, "-m", "scarcenet", *words, "--json", file]
-            if run(command, out / f"{name}.log", max(0.1, end - began)):
+            run(command, out / f"{name}.log", max(0.1, end - began))
+            if file.exists():
                 write_json(file, read_json(file) | {"seconds in all": time.monotonic() - began})
         if not file.exists():
             print(f"row 2: {name}: {'failed, see its .log' if time.monotonic() < end else 'no time is left'}")
@@ -100,12 +101,12 @@ def settings(data: str, labels: int, small: bool) -> Config:
 def row_3(out: Path, limit: float, data: str, small: bool) -> None:
     """Four trainings at once, ended after `limit` seconds; each goes on next time after its last whole epoch."""
     end = time.monotonic() + limit
-    works, many = {}, None
+    works, most = {}, None
     for labels in (25, 5) if not small else (2, 1):
         config = settings(data, labels, small)
         loaded = load_run_data(config, out)
-        many = many or config
-        config = scale_repeats(config, many, loaded.train)  # stages as long as with the most labels
+        most = most or config
+        config = scale_repeats(config, most, loaded.train)  # stages as long as with the most labels
         longer = matched_supervised(config, int(loaded.data.labels.labelled.sum()), len(loaded.train))
         works |= {f"scarcenet-{labels}": config, f"supervised-{labels}": longer}
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(works)))
