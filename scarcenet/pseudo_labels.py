@@ -160,7 +160,7 @@ def make_pseudo(
     """
     rng = seeded(config.seed, 2)
     return predict_multiview(
-        prepare_model(model, config.precision, config.compile, fixed=True),
+        prepare_model(model, config.precision, config.compile, folding="frozen"),
         crops,
         lambda crop: multi_views(crop, crops.size, rng, config.views, config.mirror),
         schema=schema,

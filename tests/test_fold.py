@@ -24,7 +24,7 @@ from scarcenet.run.load import load_run_data
 from scarcenet.run.train_run import train_in_folder, train_run
 from scarcenet.step import scarcenet_step
 from scarcenet.train import learn_scarcenet, make_engine
-from scarcenet.utils.device import AmpModel, number_formats, prepare_model
+from scarcenet.utils.device import AmpModel, failed_compilations, number_formats, prepare_model
 from scarcenet.utils.fold import fold, folded_twin
 
 CPU = torch.device("cpu")
@@ -117,7 +117,7 @@ def test_what_cannot_be_folded_stays():
 
 def test_a_prepared_model_folds_where_nothing_is_learnt():
     model, images = shaken(build_network(Config(network="hrnet_tiny"), 5)), views(3, 32)
-    follows, fixed = prepare_model(model).eval(), prepare_model(model, fixed=True).eval()
+    follows, fixed = prepare_model(model).eval(), prepare_model(model, folding="once").eval()
     assert torch.equal(follows(images), model(images)) and follows.folded is None  # with a gradient
     with torch.inference_mode():
         expected = model(images)
@@ -142,7 +142,7 @@ def test_one_trial_for_one_model(monkeypatch):
     for _ in range(3):
         with torch.inference_mode():
             expected = model(images)
-            assert gap(prepare_model(model, fixed=True).eval()(images), expected) < 1e-5
+            assert gap(prepare_model(model, folding="once").eval()(images), expected) < 1e-5
         shaken(model, seed=1)
     assert len(tried) == 1
     assert folded_twin(model.double(), images.double()) and len(tried) == 2
@@ -164,6 +164,23 @@ def test_a_compiled_model_folds_as_well():
         with torch.no_grad():
             assert gap(prepared(images), net(images)) < 1e-5
     assert prepared.folded
+
+
+@pytest.mark.slow
+def test_frozen_weights():
+    """Constants of a compiled network: for any size of a batch, and never those of a network prepared before."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 17, 3, padding=1))
+    images, earlier, failed = views(8, 32), None, failed_compilations()
+    with torch.no_grad():
+        for seed in (1, 2):
+            shaken(net, seed)
+            frozen = prepare_model(net, compile="default", folding="frozen").eval()
+            for count in (8, 5, 1, 8):
+                assert gap(frozen(images[:count]), net(images[:count])) < 1e-5
+            if earlier:
+                assert gap(earlier[0](images), earlier[1]) < 1e-5  # it stays as it was
+            earlier = frozen, net(images)
+    assert failed_compilations() == failed
 
 
 def test_formats_of_both_kinds_of_passes():

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint import State, start
 from ..config import Config
@@ -174,10 +174,11 @@ def works(benchmark: Bench) -> dict[str, Callable[[], object]]:
 def passes(benchmark: Bench) -> dict[str, Callable[[], object]]:
     """Pseudo-labels and an evaluation of all instances, and the network's part of each: the same batches of images."""
     config, data, state = benchmark.config, benchmark.data, benchmark.state
-    model = prepare_model(state.student, config.precision, config.compile, fixed=True).eval()
+    prepare = partial(prepare_model, state.student, config.precision, config.compile)
+    frozen = prepare(folding="frozen")  # compiled once for all calls that are measured
     n, device = len(data.crops), data.crops.device
 
-    def forwards(views: int) -> Callable[[], None]:
+    def forwards(model: nn.Module, views: int) -> Callable[[], None]:
         """The network alone, with `views` views of each instance."""
         per_batch = max(1, config.inference_batch // views)  # as `predict_multiview` splits them
         sizes = [len(part) * views for part in torch.arange(n).split(per_batch)]
@@ -185,6 +186,7 @@ def passes(benchmark: Bench) -> dict[str, Callable[[], object]]:
 
         @torch.no_grad()
         def run() -> None:
+            model.eval()
             for size in sizes:
                 model(images[:size])
 
@@ -195,10 +197,10 @@ def passes(benchmark: Bench) -> dict[str, Callable[[], object]]:
         evaluate_poses(benchmark.truth, found.xy.cpu().numpy(), found.score.cpu().numpy())
 
     return {
-        "pseudo-labels": partial(make_pseudo, state.student, data.crops, config, schema=data.schema),
-        "its forwards": forwards((1 + config.mirror) * config.views),
+        "pseudo-labels": partial(make_pseudo, frozen, data.crops, config, schema=data.schema),
+        "its forwards": forwards(frozen, (1 + config.mirror) * config.views),
         "evaluation": evaluate,
-        "the evaluation's forwards": forwards(1 + config.mirror),
+        "the evaluation's forwards": forwards(prepare(folding="once"), 1 + config.mirror),
     }
 
 

@@ -48,7 +48,7 @@ def predict(
     call it with the same crops, each predicts a part.
     """
     return predict_multiview(
-        prepare_model(model, config.precision, config.compile, fixed=True),
+        prepare_model(model, config.precision, config.compile, folding="once"),
         crops,
         lambda crop: flip_views(crop, crops.size) if config.mirror else crop[None],
         schema=schema,
@@ -140,7 +140,7 @@ class PoseNetwork:
         self.config, self.schema, self.device = config, schema, next(model.parameters()).device
         self.digest = weights_digest(model)
         tune_malloc()
-        self.model = prepare_model(model, config.precision, config.compile, fixed=True).eval()
+        self.model = prepare_model(model, config.precision, config.compile, folding="once").eval()
         self.batch = config.inference_batch // (1 + config.mirror)
 
     def __call__(self, images: Sequence[np.ndarray], boxes: np.ndarray) -> Prediction:

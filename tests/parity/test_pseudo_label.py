@@ -25,7 +25,7 @@ def predict(request, network):
     """`predict_multiview` of the official code's network, with its batch norms as they are, or folded."""
 
     def call(crops, make_views):
-        model = prepare_model(network(), "float32", fixed=True) if request.param else network()
+        model = prepare_model(network(), "float32", folding="once") if request.param else network()
         found = predict_multiview(model, crops, make_views, schema=AP10K, batch=10**6, shift_px=OFFICIAL.flip_shift_px)
         assert not request.param or model.folded
         return found
