@@ -4,6 +4,7 @@ And the number formats and compilation that make a step faster.
 """
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -279,6 +280,28 @@ def test_most_of_a_step_is_the_network(tmp_path):
     finally:
         torch.set_num_threads(threads)
     raise AssertionError(f"efficiency {efficiency:.2f}, data {data:.3f}")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_stays():
+    """A process keeps its heap when more than 2 GiB of it are free: the system would have to clear them again."""
+    program = """
+import ctypes
+from scarcenet.utils.device import tune_malloc
+
+tune_malloc()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+size = 9 * 2**28
+block = libc.malloc(size)
+end = libc.sbrk(0)
+libc.free(block)
+print(end - block >= size, libc.sbrk(0) == end)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    on_the_heap, kept = done.stdout.split()
+    assert on_the_heap == kept == "True"
 
 
 # ---- number formats and compilation

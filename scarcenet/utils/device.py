@@ -231,7 +231,7 @@ def tune_malloc() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
     if mallopt:  # the numbers of the options are those of glibc's malloc.h
         mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD; -1: never, however much is free
         mallopt(-2, 2**24)  # M_TOP_PAD
         mallopt(-8, 1)  # M_ARENA_MAX
 
